@@ -1,0 +1,43 @@
+"""Which device, and which number format it computes natively."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` = cuda, else mps, else cpu; a named device that is absent is an error, never a fallback.
+
+    Raises ValueError where the device does not exist.
+    """
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in have.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not a device name; use auto, cpu, cuda, cuda:N or mps") from error
+    if not have.get(device.type, False):
+        found = ", ".join(kind for kind, there in have.items() if there)
+        raise ValueError(f"device {name!r} was asked for, but this machine (torch {torch.__version__}) has: {found}")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Compute format. ``auto``: bf16 where the hardware multiplies it natively (Ampere and later), else fp32.
+
+    A CPU gets fp32: without AMX or AVX512-BF16, bf16 products are emulated, about 100 times slower.
+    Raises ValueError for an unknown name, or fp16 on a CPU (no loss scaling is worth it there).
+    """
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if native else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("dtype fp16 cannot train on a CPU; use fp32 (dtype: auto)")
+    return DTYPES[name]

@@ -1,0 +1,70 @@
+"""What a row of tokens *means*, what a layer remembers, and what a layer reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Aux = dict[str, Tensor]  # scalars a layer reports, summed over tokens; keys ending in "_loss" join the objective
+
+
+@dataclass(frozen=True)
+class Seq:
+    """Positions and documents of a batch of rows; one object for training, packed and cached forward.
+
+    pos : (B, T) int64, index of each token inside its own document (the clock; owned by the caller).
+    seg : (B, T) int32 document number, 0 = padding; ``None`` = every row is one document without padding.
+    """
+
+    pos: Tensor
+    seg: Tensor | None = None
+
+    @staticmethod
+    def rows(batch: int, length: int, start: int = 0, device=None) -> Seq:
+        """One unpadded document per row, positions ``start .. start + length - 1``."""
+        return Seq(torch.arange(start, start + length, device=device).expand(batch, length))
+
+    @staticmethod
+    def ragged(lengths: Tensor, length: int) -> Seq:
+        """Rows of different ``lengths`` (B,), padded on the right to ``length`` tokens."""
+        pos = torch.arange(length, device=lengths.device).expand(len(lengths), length)
+        return Seq(pos, (pos < lengths[:, None]).to(torch.int32))
+
+    @staticmethod
+    def of_segments(seg: Tensor) -> Seq:
+        """Positions that restart where the document number (B, T) changes along a row."""
+        index = torch.arange(seg.shape[1], device=seg.device).expand_as(seg)
+        starts = torch.ones_like(seg, dtype=torch.bool)
+        starts[:, 1:] = seg[:, 1:] != seg[:, :-1]
+        return Seq(index - torch.where(starts, index, 0).cummax(1).values, seg.to(torch.int32))
+
+    def __getitem__(self, rows) -> Seq:
+        return Seq(self.pos[rows], None if self.seg is None else self.seg[rows])
+
+    def window(self, start: int, stop: int) -> Seq:
+        """Columns ``start .. stop - 1`` of every row: how a long row is streamed in chunks."""
+        return Seq(self.pos[:, start:stop], None if self.seg is None else self.seg[:, start:stop])
+
+    def to(self, device) -> Seq:
+        return Seq(self.pos.to(device), None if self.seg is None else self.seg.to(device))
+
+
+class State(Protocol):
+    """What one layer remembers of a batch of rows while decoding: tensors only, mutated in place."""
+
+    def gather(self, rows: Tensor) -> State: ...  # fork, reorder or drop rows
+    def snapshot(self) -> State | None: ...  # None where moving the clock back is enough
+    def restore(self, saved: State | None) -> None: ...  # undo rejected speculative tokens
+    def nbytes(self) -> int: ...
+
+
+def merge_aux(parts: list[Aux]) -> Aux:
+    """Sum what several layers report under the same key."""
+    total: Aux = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total[key] + value if key in total else value
+    return total

@@ -1,0 +1,43 @@
+"""The plain two-layer feed-forward network.
+
+    y = W_down act(W_up x + b_up) + b_down          act: gelu (GPT-2), relu2 = max(0, x)^2 (Primer)
+
+Source: GELU 1606.08415 (GPT-2 uses the tanh form, called `gelu` here; `gelu_erf` is exact); ReLU^2 2109.08668.
+Cost: 2 D * hidden parameters, 4 D * hidden FLOPs per token. Shapes: (B, T, D) -> (B, T, D).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from zero2llm.core.config import config
+from zero2llm.core.seq import Aux
+from zero2llm.layers.activations import ACTIVATIONS, Activation
+
+
+@config
+class MLPConfig:
+    kind: Literal["mlp"] = "mlp"
+    hidden: int
+    act: Activation = "gelu"
+    bias: bool = True
+
+    def build(self, d_model: int) -> MLP:
+        if self.hidden < 1:
+            raise ValueError(f"hidden = {self.hidden} must be positive")
+        return MLP(d_model, self.hidden, self.act, self.bias)
+
+
+class MLP(nn.Module):
+    tp: ClassVar = {"up_proj": "col", "down_proj": "row"}
+
+    def __init__(self, d_model: int, hidden: int, act: Activation, bias: bool):
+        super().__init__()
+        self.up_proj = nn.Linear(d_model, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, d_model, bias=bias)
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
+        return self.down_proj(self.act(self.up_proj(x))), {}

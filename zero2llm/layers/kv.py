@@ -1,0 +1,80 @@
+"""What an attention layer remembers: keys and values at fixed addresses, a ring when only a window is seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zero2llm.core.seq import Seq
+
+
+class KVState:
+    """Keys and values (B, G, S + 1, K) of the current document of each row.
+
+    The token at position p lives in slot p mod S; slot S is a bin that padding writes to. Nothing here counts: the
+    clock is ``seq.pos``. Going back to an earlier position needs no undo while S holds the whole text; a ring
+    (S = window) overwrites, so it is saved by `snapshot`. A document that starts (pos 0) sees no older slot.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, ring: bool):
+        self.k, self.v, self.ring = k, v, ring
+
+    @staticmethod
+    def empty(batch: int, n_kv: int, slots: int, k_dim: int, v_dim: int, ring: bool, device=None, dtype=None) -> KVState:
+        new = lambda width: torch.zeros(batch, n_kv, slots + 1, width, device=device, dtype=dtype)
+        return KVState(new(k_dim), new(v_dim), ring)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[2] - 1
+
+    def extend(self, k: Tensor, v: Tensor, seq: Seq, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Remember the new tokens' k, v (B, G, T, K) and return keys, values and mask (B, 1, T, S') to attend to."""
+        real = torch.ones_like(seq.pos, dtype=torch.bool) if seq.seg is None else seq.seg != 0
+        if k.shape[2] == 1:  # write first, then look at the slots in place: decoding copies nothing
+            self._write(k, v, seq.pos, real)
+            seen = self._stored_positions(seq.pos)[:, None] >= 0
+            return self.k[:, :, : self.slots], self.v[:, :, : self.slots], seen[:, None]
+        first = real.int().argmax(1, keepdim=True)  # (B, 1) column of each row's first real token
+        start = seq.pos.gather(1, first)
+        stored = self._stored_positions(start - 1)[:, None]  # (B, 1, S)
+        old = (stored >= 0).expand(-1, k.shape[2], -1)
+        new = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril().expand(len(k), -1, -1)
+        last = real
+        if seq.seg is not None:
+            old = old & (seq.seg == seq.seg.gather(1, first))[:, :, None]  # only the first document continues
+            new = new & (seq.seg[:, :, None] == seq.seg[:, None, :])
+            last = real & (seq.seg == (seq.seg * real).amax(1, keepdim=True))
+        if window is not None:
+            old = old & (seq.pos[:, :, None] - stored < window)
+            new = new.triu(1 - window)
+        keys, values = torch.cat((self.k[:, :, : self.slots], k), 2), torch.cat((self.v[:, :, : self.slots], v), 2)
+        end = torch.where(last, seq.pos, -1).amax(1, keepdim=True)
+        self._write(k, v, seq.pos, last & (seq.pos > end - self.slots))
+        return keys, values, torch.cat((old, new), 2)[:, None]
+
+    def _stored_positions(self, pos: Tensor) -> Tensor:
+        """(B, S) position that each slot holds once ``pos`` (B, 1) is the latest; negative = nothing yet."""
+        slot = torch.arange(self.slots, device=pos.device)
+        return pos - (pos - slot) % self.slots
+
+    def _write(self, k: Tensor, v: Tensor, pos: Tensor, keep: Tensor) -> None:
+        slot = torch.where(keep, pos % self.slots, self.slots)  # (B, T)
+        for store, new in ((self.k, k), (self.v, v)):
+            index = slot[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+            store.scatter_(2, index, new.to(store.dtype))
+
+    def gather(self, rows: Tensor) -> KVState:
+        return KVState(self.k[rows], self.v[rows], self.ring)
+
+    def snapshot(self) -> KVState | None:
+        return KVState(self.k.clone(), self.v.clone(), True) if self.ring else None
+
+    def restore(self, saved: KVState | None) -> None:
+        if saved is not None:
+            self.k.copy_(saved.k)
+            self.v.copy_(saved.v)
+
+    def nbytes(self) -> int:
+        """Bytes of the slots (without the bin)."""
+        return (self.k[:, :, 1:].numel() + self.v[:, :, 1:].numel()) * self.k.element_size()

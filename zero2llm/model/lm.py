@@ -1,0 +1,57 @@
+"""The language model: embedding, blocks, final norm, head. Thin on purpose: mechanisms live in layers/."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zero2llm.core.seq import Aux, Seq, State, merge_aux
+from zero2llm.model.block import Block
+from zero2llm.model.init import init_weights
+from zero2llm.model.spec import ModelConfig
+
+
+class LM(nn.Module):
+    """tokens (B, T) -> hidden states (B, T, D) -> logits (B, T, V).
+
+    `logits` stands apart from `forward`, so that a chunked loss never builds (B, T, V).
+    Set ``recompute = True`` to trade time for memory: each block's inside is computed again in the backward pass.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg, self.recompute = cfg, False
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.position = cfg.position.build(cfg.d_model, cfg.max_len) if cfg.position else None
+        self.blocks = nn.ModuleList(Block(spec, cfg.d_model) for spec in cfg.specs())
+        self.final_norm = cfg.final_norm.build(cfg.d_model) if cfg.final_norm else nn.Identity()
+        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        init_weights(self, cfg.init)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) output projection; the embedding itself when tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def init_states(self, batch: int, max_len: int) -> list[State]:
+        """Empty memory of every layer for ``batch`` rows of up to ``max_len`` tokens."""
+        where = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
+        return [block.mixer.init_state(batch, max_len, **where) for block in self.blocks]
+
+    def forward(self, tokens: Tensor, seq: Seq, states: list[State] | None = None) -> tuple[Tensor, Aux]:
+        x = self.embed(tokens)
+        if self.position is not None:
+            x = x + self.position(seq)
+        parts = []
+        for i, block in enumerate(self.blocks):
+            if self.recompute and states is None and torch.is_grad_enabled():
+                x, aux = checkpoint(block, x, seq, use_reentrant=False)
+            else:
+                x, aux = block(x, seq, None if states is None else states[i])
+            parts.append(aux)
+        return self.final_norm(x), merge_aux(parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head_weight) if self.head is None else self.head(hidden)

@@ -1,0 +1,70 @@
+"""What a model is, as data: a pattern of named blocks, repeated."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from zero2llm.core.config import config
+from zero2llm.layers.norms.rms import RMSNormConfig
+from zero2llm.layers.positions.catalog import AddedConfig
+from zero2llm.model.catalog import FfnConfig, MixerConfig, NormConfig
+
+Wiring = Literal["pre", "post", "sandwich", "parallel"]
+
+
+@config
+class LayerSpec:
+    """One block: which mixer, which feed-forward, which norm, and how the residual stream runs through them."""
+
+    mixer: MixerConfig
+    ffn: FfnConfig
+    norm: NormConfig = RMSNormConfig()
+    wiring: Wiring = "pre"
+
+
+@config
+class LayerPattern:
+    """Names of blocks in order, repeated: [kda, kda, kda, mla] x 6 is 24 layers."""
+
+    pattern: list[str]
+    repeat: int = 1
+
+
+@config
+class InitConfig:
+    """GPT-2 initialisation: N(0, std), projections that write to the residual stream divided by sqrt(2 layers)."""
+
+    std: float = 0.02
+    scale_residual: bool = True
+
+
+@config
+class ModelConfig:
+    """A whole language model. `family` names the published architecture that it equals, if any."""
+
+    vocab_size: int
+    d_model: int
+    max_len: int
+    layers: LayerPattern
+    blocks: dict[str, LayerSpec]
+    position: AddedConfig | None = None  # added to the embedding; rotary positions stand in the mixer
+    final_norm: NormConfig | None = RMSNormConfig()
+    tie_embeddings: bool = True
+    init: InitConfig = InitConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "max_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+        if self.layers.repeat < 1 or not self.layers.pattern:
+            raise ValueError("layers needs a non-empty pattern and repeat >= 1")
+        for name in self.layers.pattern:
+            if name not in self.blocks:
+                raise ValueError(f"layers.pattern names block {name!r}, but blocks defines: {', '.join(self.blocks)}")
+        for name in self.blocks:
+            if name not in self.layers.pattern:
+                raise ValueError(f"blocks.{name} is defined but layers.pattern never uses it")
+
+    def specs(self) -> list[LayerSpec]:
+        """The layers in order, pattern unrolled."""
+        return [self.blocks[name] for name in self.layers.pattern * self.layers.repeat]
