@@ -1,0 +1,188 @@
+"""Generation: requests in, token events out. A wave of requests is prefilled together, then decoded row by row.
+
+One `step` is one model call: either the prefill of the next wave (prompts padded on the right; padding writes
+nothing to the states) or one token for every row still running. Rows that finish leave the batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zero2llm.core.seq import Seq, State
+from zero2llm.engine.rows import fast_rows
+from zero2llm.engine.sampling import Sampling
+from zero2llm.model.lm import LM
+from zero2llm.ops.sample import draw, repetition_penalty, truncate
+from zero2llm.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass
+class Request:
+    """A prompt on its way to a completion."""
+
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    generator: torch.Generator
+    output: list[int] = field(default_factory=list)
+    text: str = ""  # decoded so far, without a stop string
+    held: str = ""  # decoded, but perhaps the beginning of a stop string
+    stream: object = None
+    finish: str | None = None  # "stop" (end token or stop string) | "length"
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of one request. ``text`` never ends inside a character; ``finish`` is set on the last event."""
+
+    request: int
+    token: int
+    text: str
+    finish: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    tokens: list[int]
+    finish: str
+    n_prompt: int
+
+
+class Engine:
+    """Batched generation with one model and its tokenizer.
+
+    max_batch : rows decoded together.  max_len : prompt + completion, at most the model's own.
+    """
+
+    def __init__(self, model: LM, tokenizer: Tokenizer, *, max_batch: int = 32, max_len: int | None = None):
+        if tokenizer.vocab_size != model.cfg.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.cfg.vocab_size}; use the checkpoint's own")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.max_batch, self.max_len = max_batch, min(max_len or model.cfg.max_len, model.cfg.max_len)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.states: list[State] = []
+        self.seen: Tensor | None = None
+        self.count = 0
+
+    def submit(self, prompt: str | list[int], sampling: Sampling | None = None) -> int:
+        """Queue a prompt (text, or token ids). Returns the request's number.
+
+        Raises ValueError for an empty prompt or one that leaves no room for an answer.
+        """
+        sampling = sampling or Sampling()
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty")
+        if len(ids) >= self.max_len:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the model reads {self.max_len}: shorten it")
+        generator = torch.Generator().manual_seed(self.count if sampling.seed is None else sampling.seed)
+        self.waiting.append(Request(self.count, ids, sampling, generator, stream=self.tokenizer.stream()))
+        self.count += 1
+        return self.count - 1
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """One model call. Returns one event per running request; an empty list when nothing is left to do."""
+        if not self.running and not self.waiting:
+            return []
+        logits = self._decode() if self.running else self._prefill()
+        tokens = self._sample(logits.float())
+        events = [self._accept(request, token) for request, token in zip(self.running, tokens.tolist(), strict=True)]
+        keep = [i for i, request in enumerate(self.running) if request.finish is None]
+        if len(keep) < len(self.running):
+            self.running = [self.running[i] for i in keep]
+            rows = torch.tensor(keep, dtype=torch.long, device=logits.device)
+            self.states = [state.gather(rows) for state in self.states] if keep else []
+            self.seen = self.seen[rows]
+        return events
+
+    def _prefill(self) -> Tensor:
+        wave = [self.waiting.popleft() for _ in range(min(self.max_batch, len(self.waiting)))]
+        self.running, device = wave, self.model.embed.weight.device
+        longest = max(len(r.prompt) for r in wave)
+        tokens = torch.full((len(wave), longest), self.tokenizer.pad_id)
+        for row, request in zip(tokens, wave, strict=True):
+            row[: len(request.prompt)] = torch.tensor(request.prompt)
+        lengths = torch.tensor([len(r.prompt) for r in wave])
+        room = min(max(len(r.prompt) + r.sampling.max_tokens for r in wave), self.max_len)
+        self.states = self.model.init_states(len(wave), room)
+        self.seen = torch.zeros(len(wave), self.model.cfg.vocab_size, dtype=torch.bool, device=device)
+        self.seen.scatter_(1, tokens.to(device), True)
+        seq = Seq.ragged(lengths, longest) if len(set(lengths.tolist())) > 1 else Seq.rows(len(wave), longest)
+        hidden, _ = self.model(tokens.to(device), seq.to(device), self.states)
+        return self.model.logits(hidden[torch.arange(len(wave)), lengths - 1])
+
+    def _decode(self) -> Tensor:
+        device = self.model.embed.weight.device
+        tokens = torch.tensor([[r.output[-1]] for r in self.running], device=device)
+        pos = torch.tensor([[len(r.prompt) + len(r.output) - 1] for r in self.running], device=device)
+        with fast_rows(self.model, len(self.running)):
+            hidden, _ = self.model(tokens, Seq(pos), self.states)
+            return self.model.logits(hidden[:, -1])
+
+    def _sample(self, logits: Tensor) -> Tensor:
+        """One token per running request; the truncations differ by request, so rows are handled in groups."""
+        asked = [r.sampling for r in self.running]
+        if any(s.repetition_penalty != 1.0 for s in asked):
+            penalty = torch.tensor([s.repetition_penalty for s in asked], device=logits.device)
+            logits = repetition_penalty(logits, self.seen, penalty)
+        tokens = logits.argmax(-1)
+        warm = [i for i, s in enumerate(asked) if s.temperature > 0]
+        for key in dict.fromkeys((asked[i].top_k, asked[i].top_p, asked[i].min_p) for i in warm):
+            rows = [i for i in warm if (asked[i].top_k, asked[i].top_p, asked[i].min_p) == key]
+            heat = torch.tensor([asked[i].temperature for i in rows], device=logits.device)[:, None]
+            uniform = torch.cat([torch.rand(1, generator=self.running[i].generator) for i in rows])
+            tokens[rows] = draw(truncate(logits[rows] / heat, *key), uniform.to(logits.device))
+        self.seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def _accept(self, request: Request, token: int) -> TokenEvent:
+        request.output.append(token)
+        sampling, text = request.sampling, ""
+        if token in self.tokenizer.stop_ids and not sampling.ignore_eos:
+            request.finish = "stop"
+        else:
+            text = request.stream.push(token)
+            if len(request.output) >= sampling.max_tokens or len(request.prompt) + len(request.output) >= self.max_len:
+                request.finish = "length"
+        if request.finish:
+            text += request.stream.flush()
+        text, stopped = _release(request.held + text, sampling.stop, final=request.finish is not None)
+        if stopped:
+            request.finish = "stop"
+            request.held = ""
+        else:
+            request.held = (request.held + (text if False else "")) if False else ""
+        request.text += text
+        return TokenEvent(request.id, token, text, request.finish)
+
+    def stream(self, prompt: str | list[int], sampling: Sampling | None = None) -> Iterator[str]:
+        """Pieces of the answer as they come. Close the iterator to stop early."""
+        self.submit(prompt, sampling)
+        try:
+            while events := self.step():
+                yield events[0].text
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Forget every running and waiting request."""
+        self.waiting.clear()
+        self.running, self.states = [], []
+
+    def generate(self, prompts: list[str | list[int]], sampling: Sampling | list[Sampling] | None = None) -> list[Completion]:
+        """Complete all prompts; ``sampling`` is one for all or one each."""
+        each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+        for prompt, one in zip(prompts, each, strict=True):
+            self.submit(prompt, one)
+        requests = {r.id: r for r in self.waiting}
+        while self.step():
+            pass
+        return [Completion(r.text, r.output, r.finish, len(r.prompt)) for r in requests.values()]

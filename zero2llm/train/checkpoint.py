@@ -1,0 +1,156 @@
+"""Checkpoints: folders that are complete or absent, hashed, and enough to continue bit for bit.
+
+    step-00000120/
+        model/model.safetensors   config.json (model, resolved; format version)   tokenizer/
+        train/optim.safetensors   train/rng.safetensors   train/state.json (step, tokens, scale, data cursor)
+        manifest.json             sha256 of every file, parent, metrics: written last
+
+Optimizer state is stored whole, by parameter name, as safetensors: it loads into any number of ranks, and unlike
+torch.distributed.checkpoint, whose index file is a pickle, reading it can run no code.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from zero2llm.core.config import parse, to_dict
+from zero2llm.core.files import hashes, load_tensors, new_folder, read_json, save_tensors, sha256
+from zero2llm.core.log import log_once
+from zero2llm.core.seeds import restore_rng, rng_state
+from zero2llm.model.lm import LM
+from zero2llm.model.spec import ModelConfig
+from zero2llm.optim.build import OptimizerSet
+from zero2llm.train.fit import FitState
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose manifest was read; `verify` compares every hash."""
+
+    path: Path
+    manifest: dict
+
+    @staticmethod
+    def open(path: str | Path) -> Checkpoint:
+        """``path`` may be a checkpoint, or a run folder: then its latest intact checkpoint.
+
+        Raises ValueError for a folder that is none, another format version, or damage.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such checkpoint folder")
+        if not (path / "manifest.json").is_file():
+            found = latest(path)
+            if found is None:
+                raise ValueError(f"{path}: neither a checkpoint (no manifest.json) nor a run with intact checkpoints")
+            return found
+        manifest = read_json(path / "manifest.json")
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{path}: checkpoint format {manifest.get('format')!r}, this version of zero2llm reads {FORMAT}")
+        return Checkpoint(path, manifest).verify()
+
+    def verify(self) -> Checkpoint:
+        for name, expected in self.manifest["sha256"].items():
+            file = self.path / name
+            if not file.is_file():
+                raise ValueError(f"{file}: listed in the manifest but missing; the checkpoint is damaged")
+            if sha256(file) != expected:
+                raise ValueError(f"{file}: its sha256 differs from the manifest's; the checkpoint is damaged")
+        return self
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / "tokenizer"
+
+    def model_config(self) -> ModelConfig:
+        data = read_json(self.path / "config.json")
+        return parse(ModelConfig, data["model"], source=str(self.path / "config.json"))
+
+    def load_model(self) -> LM:
+        """The model in evaluation mode, on the CPU."""
+        model = LM(self.model_config())
+        load_weights(model, load_tensors(self.path / "model"), str(self.path))
+        return model.eval()
+
+    def restore(self, model: nn.Module, optim: OptimizerSet, batches) -> FitState:
+        """Put everything back where it was; the next step is the one that would have followed."""
+        load_weights(model, load_tensors(self.path / "model"), str(self.path))
+        optim.load_state_tensors(load_tensors(self.path / "train", "optim"))
+        state = read_json(self.path / "train" / "state.json")
+        batches.load_state_dict(state["data"])
+        restore_rng(load_tensors(self.path / "train", "rng"))
+        return FitState(**state["fit"])
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Strictly: a missing, extra or mis-shaped tensor is an error that lists names."""
+    own = model.state_dict()
+    faults = [f"missing {n}" for n in own if n not in tensors] + [f"unexpected {n}" for n in tensors if n not in own]
+    faults += [
+        f"{n} is {tuple(tensors[n].shape)}, the model needs {tuple(own[n].shape)}"
+        for n in own
+        if n in tensors and tensors[n].shape != own[n].shape
+    ]
+    if faults:
+        raise ValueError(f"{source}: weights do not fit the model: {'; '.join(faults[:8])}{' ...' if len(faults) > 8 else ''}")
+    model.load_state_dict(tensors)
+
+
+def save_checkpoint(
+    run: Path, model: LM, tokenizer_dir: Path, state: FitState, optim: OptimizerSet, batches, *, parent: str | None, metrics: dict
+) -> Path:
+    """Write ``run/checkpoints/step-N``. Raises ValueError if the disk is full; earlier checkpoints stay."""
+    final = run / "checkpoints" / f"step-{state.step:08d}"
+    with new_folder(final, overwrite=True) as part:
+        save_tensors(model.state_dict(), part / "model")
+        (part / "config.json").write_text(json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8")
+        shutil.copytree(tokenizer_dir, part / "tokenizer")
+        save_tensors(optim.state_tensors(), part / "train", "optim")
+        save_tensors(rng_state(), part / "train", "rng")
+        kept = {**asdict(state), "metrics": {}}
+        cursor = {"fit": kept, "data": batches.state_dict()}
+        (part / "train" / "state.json").write_text(json.dumps(cursor, indent=1), "utf-8")
+        manifest = {"format": FORMAT, "step": state.step, "tokens": state.tokens, "parent": parent, "metrics": metrics}
+        manifest["sha256"] = hashes(part)
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+    return final
+
+
+def candidates(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "manifest.json").is_file())
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint whose hashes hold; a damaged one is named and passed over."""
+    for path in reversed(candidates(run)):
+        try:
+            return Checkpoint.open(path)
+        except ValueError as error:
+            log_once(f"{error}; trying the one before")
+    return None
+
+
+def best(run: Path, metric: str = "valid_loss") -> Path | None:
+    """The checkpoint with the lowest ``metric`` in its manifest."""
+    scored = [(read_json(p / "manifest.json")["metrics"].get(metric), p) for p in candidates(run)]
+    return min((pair for pair in scored if pair[0] is not None), default=(None, None))[1]
+
+
+def prune(run: Path, keep: int, protect: Iterable[Path | None] = ()) -> None:
+    """Delete all but the newest ``keep`` checkpoints and those in ``protect``."""
+    for path in candidates(run)[:-keep]:
+        if path not in protect:
+            shutil.rmtree(path)
