@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from zero2llm.core.seq import Seq, State
-from zero2llm.engine.rows import fast_rows
 from zero2llm.engine.sampling import Sampling
 from zero2llm.model.lm import LM
 from zero2llm.ops.sample import draw, repetition_penalty, truncate
@@ -123,9 +122,8 @@ class Engine:
         device = self.model.embed.weight.device
         tokens = torch.tensor([[r.output[-1]] for r in self.running], device=device)
         pos = torch.tensor([[len(r.prompt) + len(r.output) - 1] for r in self.running], device=device)
-        with fast_rows(self.model, len(self.running)):
-            hidden, _ = self.model(tokens, Seq(pos), self.states)
-            return self.model.logits(hidden[:, -1])
+        hidden, _ = self.model(tokens, Seq(pos), self.states)
+        return self.model.logits(hidden[:, -1])
 
     def _sample(self, logits: Tensor) -> Tensor:
         """One token per running request; the truncations differ by request, so rows are handled in groups."""
@@ -154,21 +152,18 @@ class Engine:
                 request.finish = "length"
         if request.finish:
             text += request.stream.flush()
-        text, stopped = _release(request.held + text, sampling.stop, final=request.finish is not None)
+        text, request.held, stopped = release(request.held + text, sampling.stop, final=request.finish is not None)
         if stopped:
             request.finish = "stop"
-            request.held = ""
-        else:
-            request.held = (request.held + (text if False else "")) if False else ""
         request.text += text
         return TokenEvent(request.id, token, text, request.finish)
 
     def stream(self, prompt: str | list[int], sampling: Sampling | None = None) -> Iterator[str]:
         """Pieces of the answer as they come. Close the iterator to stop early."""
-        self.submit(prompt, sampling)
+        number = self.submit(prompt, sampling)
         try:
             while events := self.step():
-                yield events[0].text
+                yield from (event.text for event in events if event.request == number)
         finally:
             self.abort()
 
@@ -180,9 +175,20 @@ class Engine:
     def generate(self, prompts: list[str | list[int]], sampling: Sampling | list[Sampling] | None = None) -> list[Completion]:
         """Complete all prompts; ``sampling`` is one for all or one each."""
         each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
-        for prompt, one in zip(prompts, each, strict=True):
-            self.submit(prompt, one)
+        numbers = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
         requests = {r.id: r for r in self.waiting}
         while self.step():
             pass
-        return [Completion(r.text, r.output, r.finish, len(r.prompt)) for r in requests.values()]
+        return [Completion(r.text, r.output, r.finish, len(r.prompt)) for r in map(requests.get, numbers)]
+
+
+def release(text: str, stops: list[str], final: bool) -> tuple[str, str, bool]:
+    """What of ``text`` may be shown now: (shown, held back, stopped).
+
+    A stop string cuts the text; an end that may still grow into one is held back until more is known.
+    """
+    cuts = [text.index(stop) for stop in stops if stop in text]
+    if cuts:
+        return text[: min(cuts)], "", True
+    held = 0 if final else max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held], text[len(text) - held :], False

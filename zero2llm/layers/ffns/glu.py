@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zero2llm.core.config import config
 from zero2llm.core.seq import Aux
 from zero2llm.layers.activations import ACTIVATIONS, Activation
+from zero2llm.layers.linear import Linear
 
 
 @config
@@ -34,9 +35,9 @@ class GLU(nn.Module):
 
     def __init__(self, d_model: int, hidden: int, act: Activation):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
-        self.up_proj = nn.Linear(d_model, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.gate_proj = Linear(d_model, hidden, bias=False)
+        self.up_proj = Linear(d_model, hidden, bias=False)
+        self.down_proj = Linear(hidden, d_model, bias=False)
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Aux]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zero2llm.core.config import config
 from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.kv import KVState
+from zero2llm.layers.linear import Linear
 from zero2llm.layers.norms.rms import RMSNorm
 from zero2llm.layers.positions.catalog import NoPositionConfig, RotaryConfig
 from zero2llm.ops.attend import attend, attention_weights, visible
@@ -57,10 +58,10 @@ class GQA(nn.Module):
     def __init__(self, d_model: int, n_heads: int, n_kv: int, head_dim: int, cfg: GQAConfig):
         super().__init__()
         self.head_dim, self.window, self.n_kv = head_dim, cfg.window, n_kv
-        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=cfg.qkv_bias)
-        self.k_proj = nn.Linear(d_model, n_kv * head_dim, bias=cfg.qkv_bias)
-        self.v_proj = nn.Linear(d_model, n_kv * head_dim, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=cfg.out_bias)
+        self.q_proj = Linear(d_model, n_heads * head_dim, bias=cfg.qkv_bias)
+        self.k_proj = Linear(d_model, n_kv * head_dim, bias=cfg.qkv_bias)
+        self.v_proj = Linear(d_model, n_kv * head_dim, bias=cfg.qkv_bias)
+        self.o_proj = Linear(n_heads * head_dim, d_model, bias=cfg.out_bias)
         self.q_norm = RMSNorm(head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.position = cfg.position.build(head_dim)

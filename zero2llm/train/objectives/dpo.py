@@ -6,13 +6,12 @@
 
 Source: 2305.18290 eq. 7; smoothing: section 3 of 2403.00409 (conservative DPO). `sft_weight` adds the chosen
 answer's mean negative log-likelihood (RPO, 2404.19733 eq. 1), which keeps its probability from sinking along.
-Cost: a forward pass of the frozen reference per batch, or none when `reference_logps` fills batch.extra beforehand.
+Cost: a forward pass of the frozen reference beside each training pass, and its weights in memory.
 Shapes: rows come as chosen 0, rejected 0, chosen 1, rejected 1 ... (batch.group = 2); labels only on completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -60,11 +59,8 @@ class DPO:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         logps = sequence_logps(model, batch)
-        if "ref_logps" in batch.extra:
-            ref = batch.extra["ref_logps"]
-        else:
-            with torch.no_grad():
-                ref = sequence_logps(self.reference, batch)
+        with torch.no_grad():
+            ref = sequence_logps(self.reference, batch)
         chosen, rejected, ref_chosen, ref_rejected = logps[0::2], logps[1::2], ref[0::2], ref[1::2]
         losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, self.cfg)
         total, pairs = losses.sum(), torch.tensor(len(chosen), device=logps.device)
@@ -81,9 +77,3 @@ class DPO:
             "logp_rejected": rejected,
         }
         return Loss(total, pairs, {name: (value.detach().sum(), pairs) for name, value in sums.items()})
-
-
-@torch.no_grad()
-def reference_logps(reference: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Reference log-probabilities of rows in order, (rows,): computed once instead of every epoch."""
-    return torch.cat([sequence_logps(reference, batch) for batch in batches])

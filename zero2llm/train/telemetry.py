@@ -1,0 +1,123 @@
+"""What a run says about itself: JSONL always, the console while somebody looks, TensorBoard on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from zero2llm.core.log import console
+from zero2llm.train.fit import FitState
+
+MEANING = {
+    "loss": "training loss of this step, nats per target token (DPO: per pair)",
+    "valid_loss": "loss on held-out data, nats per target token",
+    "valid_ppl": "perplexity on held-out data: exp of valid_loss",
+    "valid_bpb": "bits per byte of held-out text: comparable between tokenizers",
+    "lr": "learning rate of this step",
+    "grad_norm": "length of the gradient before clipping; a jump warns of instability",
+    "tokens_per_s": "real tokens trained per second, all ranks",
+    "step_s": "seconds this step took",
+    "memory_mb": "memory of this process now, MiB (CUDA: peak of the device)",
+    "skipped": "1 where the step changed nothing: fp16 overflow, or no target in the batch",
+    "margin": "DPO: beta * (how much further chosen rose than rejected, against the reference)",
+    "moved_right": "DPO: share of pairs that moved towards the preference",
+    "win_rate": "DPO: share of pairs in which the model finds the chosen answer likelier than the rejected",
+    "logp_chosen": "DPO: log-probability of chosen answers; it may fall, but less than the rejected",
+    "logp_rejected": "DPO: log-probability of rejected answers",
+}
+
+
+def memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return psutil.Process().memory_info().rss / 2**20
+
+
+class Telemetry:
+    """Writes ``run/metrics.jsonl`` (one object a line: kind train | valid | sample, step, values) and shows progress.
+
+    On resume, lines beyond ``start_step`` are cut off: they will be written again.
+    """
+
+    def __init__(self, run: Path, name: str, steps: int, *, start_step: int = 0, tensorboard: bool = False, quiet: bool = False):
+        self.path, self.name, self.steps = run / "metrics.jsonl", name, steps
+        _cut(self.path, start_step)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.board = _tensorboard(run) if tensorboard else None
+        columns = "{task.fields[line]}"
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn(columns), console=console(), disable=quiet,
+        )  # fmt: skip
+        self.task = self.progress.add_task(name, total=steps, completed=start_step, line="")
+        self.plain_at = 0.0
+        self.progress.start()
+
+    def __call__(self, state: FitState) -> None:
+        """The hook of the loop: one line per step."""
+        values = {**state.metrics, "tokens": state.tokens, "memory_mb": round(memory_mb(), 1)}
+        self.log("train", state.step, values)
+        m = state.metrics
+        line = (
+            f"loss {m['loss']:.3f}  lr {m['lr']:.1e}  |g| {m['grad_norm']:.2f}  "
+            f"{m['tokens_per_s']:,.0f} tok/s  {values['memory_mb']:,.0f} MB"
+        )
+        self.progress.update(self.task, completed=state.step, line=line)
+        if not console().is_terminal and not self.progress.disable and time.monotonic() - self.plain_at > 10:
+            self.plain_at = time.monotonic()
+            console().print(f"{self.name} {state.step}/{self.steps}  {line}", markup=False)
+
+    def log(self, kind: str, step: int, values: dict) -> None:
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{key}", value, step)
+                elif isinstance(value, str):
+                    self.board.add_text(f"{kind}/{key}", value, step)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if not self.progress.disable:
+            self.progress.console.print(text, markup=False)
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
+    """Records of a metrics file, in order; a line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if kind is None or record["kind"] == kind:
+            records.append(record)
+    return records
+
+
+def _cut(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _tensorboard(run: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("log.tensorboard needs the extra: pip install 'zero2llm[tensorboard]'") from error
+    return SummaryWriter(str(run / "tensorboard"))
