@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zero2llm.core.seq import Aux, Seq, State, merge_aux
+from zero2llm.layers.linear import Linear
 from zero2llm.model.block import Block
 from zero2llm.model.init import init_weights
 from zero2llm.model.spec import ModelConfig
+from zero2llm.ops.linear import linear
 
 
 class LM(nn.Module):
@@ -27,13 +28,20 @@ class LM(nn.Module):
         self.position = cfg.position.build(cfg.d_model, cfg.max_len) if cfg.position else None
         self.blocks = nn.ModuleList(Block(spec, cfg.d_model) for spec in cfg.specs())
         self.final_norm = cfg.final_norm.build(cfg.d_model) if cfg.final_norm else nn.Identity()
-        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tie_embeddings else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         init_weights(self, cfg.init)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D) output projection; the embedding itself when tied."""
         return self.embed.weight if self.head is None else self.head.weight
+
+    @staticmethod
+    def clone(model: LM) -> LM:
+        """An independent copy with equal weights, on the same device."""
+        twin = LM(model.cfg).to(model.embed.weight.device)
+        twin.load_state_dict(model.state_dict())
+        return twin
 
     def init_states(self, batch: int, max_len: int) -> list[State]:
         """Empty memory of every layer for ``batch`` rows of up to ``max_len`` tokens."""
@@ -54,4 +62,4 @@ class LM(nn.Module):
         return self.final_norm(x), merge_aux(parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head_weight) if self.head is None else self.head(hidden)
+        return linear(hidden, self.head_weight)

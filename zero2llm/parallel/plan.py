@@ -26,7 +26,7 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """``value`` (a scalar tensor) summed over ranks."""
         if self.size > 1:
-            value = value.clone()
+            value = value.clone() if dist.get_backend() == "gloo" else value.to("cuda", copy=True)
             dist.all_reduce(value)
         return value
 

@@ -1,0 +1,260 @@
+"""Fair turns for competitors on one machine: each in a process of its own, measured round-robin, medians reported.
+
+Absolute times drift by 10 % from hour to hour and by far more on a shared machine. What stays comparable are ratios
+between candidates that took turns within the same minutes, so this is all that the scripts here claim. Each turn
+also records the CPU seconds used (waiting for a core costs none) and the share of the machine's CPU that other
+processes took meanwhile; medians are over the quieter half or more of the turns.
+
+A script calls `compare` in the foreground process and `serve` in the processes that it starts, which are the same
+script with ``--worker NAME``. They talk in lines of JSON over stdin and stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+PACKAGES = ("torch", "transformers", "litgpt", "xllamacpp")
+
+
+@dataclass
+class Turn:
+    seconds: float  # per unit of work (a step, a token)
+    cpu: float  # CPU seconds per unit
+    others: float  # share of the machine's CPU that other processes used meanwhile
+
+
+@dataclass
+class Result:
+    name: str
+    turns: list[Turn] = field(default_factory=list)
+    rss_mb: float = 0.0  # peak of the whole life of the process
+    note: dict = field(default_factory=dict)  # whatever the worker said when it was ready
+    failed: str = ""
+
+    def quiet(self) -> list[Turn]:
+        """The quieter 60 % of the turns (all of them where nothing else ran)."""
+        return sorted(self.turns, key=lambda t: round(t.others, 2))[: max(1, round(len(self.turns) * 0.6))]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(t.seconds for t in self.quiet())
+
+    @property
+    def cpu(self) -> float:
+        return statistics.median(t.cpu for t in self.turns)
+
+    @property
+    def others(self) -> float:
+        return statistics.median(t.others for t in self.quiet())
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the outer quiet turns, relative to the median."""
+        values = [t.seconds for t in self.quiet()]
+        return (max(values) - min(values)) / 2 / self.seconds
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rounds", type=int, default=rounds, help="turns per candidate")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--json", type=Path, help="also write everything, each turn included, to this file")
+    p.add_argument("--smoke", action="store_true", help="seconds instead of minutes: only to see that it runs")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
+    return p
+
+
+# --------------------------------------------------------------------------------------------- in the worker
+
+
+def peak_rss_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def release_memory() -> None:
+    """Give freed heap back, so that candidates that wait their turn do not push each other out of memory."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        pass
+
+
+class Serving:
+    """The worker's side of the line. What a library prints to stdout goes to stderr, so that it cannot disturb."""
+
+    def __init__(self):
+        self.out = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self.began = time.perf_counter()
+
+    def say(self, **what) -> None:
+        release_memory()
+        print(json.dumps(what), file=self.out)
+
+    def turns(self, units: int, warmup: int, **note) -> Iterator[int]:
+        """Yield ``warmup`` times, report ready, then yield ``units`` times per turn that the foreground asks for.
+
+        The time from one yield to the next request is what counts: the consumer does one unit of work in between.
+        """
+        for i in range(warmup):
+            yield i
+        self.say(ready=round(time.perf_counter() - self.began, 1), **note)
+        for _ in sys.stdin:
+            began, cpu = time.perf_counter(), time.process_time()
+            for i in range(units):
+                yield i
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            self.say(seconds=seconds / units, cpu=cpu / units, rss_mb=peak_rss_mb())
+
+    def measure(self, measure: Callable[[], tuple[float, float]], **note) -> None:
+        """For work that times itself: ``measure`` returns (seconds, CPU seconds) per unit."""
+        self.say(ready=round(time.perf_counter() - self.began, 1), **note)
+        for _ in sys.stdin:
+            seconds, cpu = measure()
+            self.say(seconds=seconds, cpu=cpu, rss_mb=peak_rss_mb())
+
+
+# ------------------------------------------------------------------------------------ in the foreground process
+
+
+class Worker:
+    """One candidate's process."""
+
+    def __init__(self, script: str, name: str, options: list[str], threads: int):
+        self.result = Result(name)
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
+        # passive: a thread that waits sleeps, instead of burning the core that its neighbour or another process needs
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        command = [sys.executable, script, "--worker", name, *options]
+        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=self.log, text=True, env=env)
+        self.result.note = self.read() or {}
+
+    def read(self) -> dict | None:
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            self.result.failed = " | ".join(self.log.read().strip().splitlines()[-2:]) or "died silently"
+            return None
+        return json.loads(line)
+
+    def turn(self) -> None:
+        process = psutil.Process(self.process.pid)
+        machine, own, began = _busy(), _own(process), time.perf_counter()
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        reply = self.read()
+        if reply is None:
+            return
+        capacity = psutil.cpu_count() * (time.perf_counter() - began)
+        others = max(_busy() - machine - (_own(process) - own), 0.0) / capacity
+        self.result.turns.append(Turn(reply["seconds"], reply["cpu"], others))
+        self.result.rss_mb = reply["rss_mb"]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+def _busy() -> float:
+    t = psutil.cpu_times()
+    return sum(t[:8]) - t.idle - getattr(t, "iowait", 0.0)
+
+
+def _own(process: psutil.Process) -> float:
+    t = process.cpu_times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+def compare(script: str, names: list[str], options: list[str], rounds: int, threads: int) -> dict[str, Result]:
+    """Start a process per candidate, give each ``rounds`` turns in round-robin order, and close them."""
+    workers: list[Worker] = []
+    try:
+        for name in names:
+            workers.append(Worker(script, name, options, threads))
+            made = workers[-1].result
+            print(f"# {name}: " + (f"FAILED: {made.failed}" if made.failed else f"ready after {made.note['ready']} s"), file=sys.stderr)
+        for _ in range(rounds):
+            for worker in workers:
+                if not worker.result.failed:
+                    worker.turn()
+    finally:
+        for worker in workers:
+            worker.close()
+    return {w.result.name: w.result for w in workers}
+
+
+def table(results: dict[str, Result], baseline: str, units: float, unit: str, milli: str) -> str:
+    """A Markdown table: ``units`` of work (named ``unit``) in the time that a turn reports (called ``milli``)."""
+    base = results[baseline]
+    lines = [f"| candidate | {unit}/s | ms/{milli} | x {baseline} | CPU-s x | peak MB | RSS x | spread | others |", "|---|" + "---:|" * 8]
+    for r in results.values():
+        if r.failed or not r.turns:
+            lines.append(f"| {r.name} | failed: {r.failed} |")
+            continue
+        ratios = (f"{base.seconds / r.seconds:.2f}", f"{base.cpu / r.cpu:.2f}") if base.turns else ("", "")
+        memory = f"{r.rss_mb / base.rss_mb:.2f}" if base.turns else ""
+        lines.append(
+            f"| {r.name} | {units / r.seconds:,.1f} | {r.seconds * 1e3:,.1f} | {ratios[0]} | {ratios[1]} "
+            f"| {r.rss_mb:,.0f} | {memory} | {r.spread:.0%} | {r.others:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> dict:
+    """What the numbers were measured on: hardware and versions, no names of hosts or people."""
+    cpu, flags = platform.processor() or platform.machine(), ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
+    simd = next((level for level in ("avx512f", "avx2", "avx") if level in flags.split()), "none")
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    ram = round(psutil.virtual_memory().total / 2**30)
+    return {"date": datetime.date.today().isoformat(), "cpu": cpu, "cores": psutil.cpu_count(), "simd": simd, "ram_gib": ram, **versions}
+
+
+def report(args: argparse.Namespace, options: dict, results: dict[str, Result], text: str) -> None:
+    """Print the table and the machine; with ``--json`` write every turn."""
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in (options | about).items()))
+    print(text)
+    if args.json:
+        rows = {
+            r.name: {"turns": [vars(t) for t in r.turns], "rss_mb": r.rss_mb, "note": r.note, "failed": r.failed}
+            | ({"seconds": r.seconds, "cpu": r.cpu} if r.turns else {})
+            for r in results.values()
+        }
+        args.json.write_text(json.dumps({"machine": about, "options": options, "results": rows}, indent=1) + "\n")

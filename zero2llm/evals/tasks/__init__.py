@@ -1,0 +1,1 @@
+"""Generated questions with known answers, in English and Chinese: no download, no contamination."""

@@ -1,0 +1,138 @@
+"""A recipe: one YAML file that says everything about one training stage. Every key is used or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from zero2llm.core.config import config, parse, read_yaml, to_dict
+from zero2llm.model.presets import preset
+from zero2llm.model.spec import ModelConfig
+from zero2llm.optim.adamw import AdamWConfig
+from zero2llm.optim.build import OptimConfig
+from zero2llm.train.fit import FitConfig
+from zero2llm.train.objectives.clm import CLMConfig
+from zero2llm.train.objectives.dpo import DPOConfig
+
+ObjectiveConfig = Annotated[CLMConfig | DPOConfig, Field(discriminator="kind")]
+
+
+@config
+class TokenizerConfig:
+    """An existing tokenizer folder (``path``), or one to be trained on the training text."""
+
+    path: str | None = None
+    vocab_size: int = 4096
+    split: Literal["gpt2", "llama3", "qwen2"] = "qwen2"
+    engine: Literal["handwritten", "library"] = "handwritten"
+    sample_bytes: int | None = 4_000_000  # text the merges are learned from; null = all of it
+
+
+@config
+class DataConfig:
+    """Files, folders, globs, or ``embedded`` / ``embedded:NAME``. The objective decides which records are expected."""
+
+    train: list[str]
+    valid: list[str] | None = None  # None = a share of the training documents, chosen by their content
+    valid_fraction: float = 0.01
+    valid_rows: int | None = None  # at most this many rows are evaluated; None = all
+    field: str = "text"
+    skip_bad_records: bool = False
+    max_documents: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train is empty")
+        if not 0 < self.valid_fraction < 1:
+            raise ValueError(f"data.valid_fraction = {self.valid_fraction} must lie between 0 and 1")
+
+
+@config
+class EvalConfig:
+    every: int = 100  # steps
+    prompts: list[str] = []  # continued (pretraining) or answered (SFT, DPO) at each validation
+    sample_tokens: int = 64
+
+
+@config
+class SaveConfig:
+    every_s: float = 60.0  # seconds of training that a crash may cost
+    keep: int = 2
+
+
+@config
+class LogConfig:
+    tensorboard: bool = False
+
+
+@config
+class Recipe:
+    """One stage of training. ``batch_tokens`` is the global batch: rows of ``seq_len`` over all ranks and micro-batches."""
+
+    out: str
+    init: str | None = None  # checkpoint or run to start from; then `model` and `tokenizer` are its own
+    model: ModelConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    data: DataConfig
+    objective: ObjectiveConfig = CLMConfig()
+    optim: OptimConfig = AdamWConfig()
+    fit: FitConfig
+    batch_tokens: int = 8192
+    seq_len: int = 256
+    seed: int = 1
+    device: str = "auto"
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        if (self.init is None) == (self.model is None):
+            raise ValueError("give either init (a checkpoint to continue from) or model (to start from nothing)")
+        if self.init is not None and self.tokenizer is not None:
+            raise ValueError("with init the tokenizer is the checkpoint's own; remove the key tokenizer")
+        if self.init is None and self.tokenizer is None:
+            raise ValueError("key 'tokenizer' is required where the model starts from nothing")
+        if self.objective.kind == "dpo" and self.init is None:
+            raise ValueError("objective dpo needs init: the checkpoint is also its reference")
+        if self.seq_len < 2 or self.batch_tokens % self.seq_len:
+            raise ValueError(f"batch_tokens = {self.batch_tokens} must be a multiple of seq_len = {self.seq_len}")
+        if self.model is not None and self.seq_len > self.model.max_len:
+            raise ValueError(f"seq_len = {self.seq_len} is longer than the model reads: max_len = {self.model.max_len}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of one global batch."""
+        return self.batch_tokens // self.seq_len
+
+
+def expand_preset(data: dict) -> dict:
+    """``model: {preset: NAME, ...}`` as the full model configuration, the other keys laid over it."""
+    model = data.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return data
+    rest = {key: value for key, value in model.items() if key != "preset"}
+    return {**data, "model": _merge(to_dict(preset(str(model["preset"]))), rest)}
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key)) for key in {**base, **over}}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe. Raises ValueError naming file, line, key and the nearest known key."""
+    data, lines = read_yaml(path, overrides)
+    try:
+        data = expand_preset(data)
+    except ValueError as error:
+        raise ValueError(f"{lines.get(('model', 'preset'), path)}: {error}") from None
+    return parse(Recipe, data, lines, str(path))
+
+
+def make_recipe(**keys: Any) -> Recipe:
+    """A recipe from Python values: ``make_recipe(out=..., model={"preset": "llama-nano"}, data={...}, fit={...})``."""
+    return parse(Recipe, expand_preset(keys), source="recipe")

@@ -1,0 +1,146 @@
+"""Run one recipe: from files on disk to a checkpoint. Any stage, started, resumed or overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zero2llm.core.config import to_dict
+from zero2llm.core.device import pick_device
+from zero2llm.core.files import read_json, write_atomic
+from zero2llm.core.log import console
+from zero2llm.core.seeds import seed_all
+from zero2llm.engine.engine import Engine
+from zero2llm.engine.sampling import Sampling
+from zero2llm.lab.recipe import Recipe
+from zero2llm.lab.sets import Sets, build_sets, build_tokenizer
+from zero2llm.model.lm import LM
+from zero2llm.optim.build import build_optim
+from zero2llm.parallel.plan import init_world
+from zero2llm.tokenizers.tokenizer import Tokenizer
+from zero2llm.train.checkpoint import Checkpoint, latest
+from zero2llm.train.evaluate import evaluate
+from zero2llm.train.fit import FitState, fit
+from zero2llm.train.hooks import Save, Validate
+from zero2llm.train.telemetry import Telemetry
+
+
+@dataclass
+class Result:
+    """What a stage leaves behind."""
+
+    run: Path
+    checkpoint: Path
+    valid: dict[str, float]
+    model: LM
+    tokenizer: Tokenizer
+
+
+def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
+    """Claim the output folder. Raises ValueError if it holds something and neither flag is given, or another recipe."""
+    run = Path(recipe.out)
+    resolved = to_dict(recipe)
+    if run.is_dir() and any(run.iterdir()):
+        if overwrite:
+            shutil.rmtree(run)
+        elif not resume:
+            raise ValueError(f"{run} is not empty; pass --resume to continue that run or --overwrite to replace it")
+        elif (run / "recipe.json").is_file():
+            old = read_json(run / "recipe.json")
+            for key in resolved:
+                if old.get(key) != resolved[key] and key not in ("log", "save", "device"):
+                    raise ValueError(
+                        f"{run}: cannot resume, the recipe's {key!r} was {json.dumps(old.get(key))[:200]} and is now "
+                        f"{json.dumps(resolved[key])[:200]}; restore it or pass --overwrite"
+                    )
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomic(run / "recipe.json", json.dumps(resolved, indent=1, ensure_ascii=False))
+    return run
+
+
+def start_model(recipe: Recipe, run: Path) -> tuple[LM, Tokenizer, Path, str | None]:
+    """Model, tokenizer, the tokenizer's folder, and the parent checkpoint's path."""
+    if recipe.init is not None:
+        parent = Checkpoint.open(recipe.init)
+        tokenizer = Tokenizer.load(parent.tokenizer_dir)
+        model = parent.load_model()
+        if recipe.seq_len > model.cfg.max_len:
+            raise ValueError(f"seq_len = {recipe.seq_len} is longer than the checkpoint reads: {model.cfg.max_len}")
+        return model, tokenizer, parent.tokenizer_dir, str(parent.path)
+    tokenizer, folder = build_tokenizer(recipe.tokenizer, recipe.data, run)
+    if tokenizer.vocab_size != recipe.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, model.vocab_size is {recipe.model.vocab_size}; make them equal"
+        )
+    return LM(recipe.model), tokenizer, folder, None
+
+
+def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+    """Train as ``recipe`` says. Under torchrun every rank calls this.
+
+    Raises ValueError for any fault in recipe or data, before training; NonFiniteError if the numbers break.
+    """
+    world, device = init_world(), pick_device(recipe.device)
+    run = open_run(recipe, resume, overwrite) if world.rank == 0 else Path(recipe.out)
+    world.barrier()
+    seed_all(recipe.seed)
+    model, tokenizer, tokenizer_dir, parent = start_model(recipe, run)
+    sets = build_sets(recipe, tokenizer, run, world)
+    model = model.to(device)
+    optim = build_optim(model, recipe.optim)
+    objective = recipe.objective.build(LM.clone(model)) if recipe.objective.kind == "dpo" else recipe.objective.build()
+    seed_all(recipe.seed + world.rank)
+    state, steps = FitState(), recipe.fit.steps
+    if resume and (found := latest(run)):
+        state = found.restore(model, optim, sets.train)
+        console().print(f"resuming {run} at step {state.step} of {steps}", markup=False)
+    telemetry = Telemetry(run, recipe.objective.kind, steps, start_step=state.step, tensorboard=recipe.log.tensorboard, quiet=quiet) if world.rank == 0 else None  # fmt: skip
+    lengths = torch.tensor(tokenizer.byte_lengths()) if recipe.objective.kind != "dpo" else None
+    validate = Validate(lambda: _measure(model, objective, sets, recipe, lengths), recipe.eval.every, steps, telemetry)
+    what = {"model": model, "tokenizer_dir": tokenizer_dir, "optim": optim, "batches": sets.train, "parent": parent}
+    save = Save(run, recipe.save.every_s, recipe.save.keep, steps, validate, **what)
+    hooks = [telemetry, validate, _sampler(model, tokenizer, recipe, telemetry), save] if telemetry else [validate, save]
+    try:
+        fit(model, objective, sets.train, optim, recipe.fit, state=state, hooks=hooks)
+    finally:
+        if telemetry:
+            telemetry.close()
+    final = latest(run)
+    return Result(run, final.path, final.manifest["metrics"], model.eval(), tokenizer)
+
+
+def _measure(model: LM, objective, sets: Sets, recipe: Recipe, lengths: Tensor | None) -> dict[str, float]:
+    return evaluate(model, objective, sets.valid(), micro_rows=recipe.fit.micro_rows, byte_lengths=lengths)
+
+
+def _sampler(model: LM, tokenizer: Tokenizer, recipe: Recipe, telemetry: Telemetry):
+    """Samples from the model as it stands, at each validation: what the numbers look like as text."""
+
+    def hook(state: FitState) -> None:
+        if not recipe.eval.prompts or (state.step % recipe.eval.every and state.step != recipe.fit.steps):
+            return
+        for prompt, text in zip(recipe.eval.prompts, sample(model, tokenizer, recipe), strict=True):
+            telemetry.log("sample", state.step, {"prompt": prompt, "text": text})
+            telemetry.say(f"    {prompt!r} -> {text!r}")
+
+    return hook
+
+
+def sample(model: LM, tokenizer: Tokenizer, recipe: Recipe) -> list[str]:
+    """One completion of each of the recipe's prompts: continued in pretraining, answered as a chat afterwards."""
+    if recipe.objective.kind == "clm":
+        prompts = [[tokenizer.eos_id, *tokenizer.encode(p)] for p in recipe.eval.prompts]
+        sampling = Sampling(max_tokens=recipe.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=recipe.seed)
+    else:
+        prompts = [tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in recipe.eval.prompts]
+        sampling = Sampling(max_tokens=recipe.eval.sample_tokens, temperature=0)
+    done = Engine(model, tokenizer).generate(prompts, sampling)
+    model.train()
+    return [completion.text for completion in done]
+
+
