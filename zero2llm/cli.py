@@ -98,7 +98,7 @@ def generate(
     from zero2llm.lab.talk import generate_texts
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                        repetition_penalty=repetition_penalty, stop=stop or [], seed=seed)  # fmt: skip
+                        repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed)  # fmt: skip
     generate_texts(checkpoint, prompt, sampling, chat=chat, device=device)
 
 

@@ -7,7 +7,7 @@ nothing to the states) or one token for every row still running. Rows that finis
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -182,7 +182,7 @@ class Engine:
         return [Completion(r.text, r.output, r.finish, len(r.prompt)) for r in map(requests.get, numbers)]
 
 
-def release(text: str, stops: list[str], final: bool) -> tuple[str, str, bool]:
+def release(text: str, stops: Sequence[str], final: bool) -> tuple[str, str, bool]:
     """What of ``text`` may be shown now: (shown, held back, stopped).
 
     A stop string cuts the text; an end that may still grow into one is held back until more is known.

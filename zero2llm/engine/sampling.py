@@ -15,7 +15,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop: list[str] = []
+    stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False  # go on after an end token: for benchmarks
 

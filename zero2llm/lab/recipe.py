@@ -35,8 +35,8 @@ class TokenizerConfig:
 class DataConfig:
     """Files, folders, globs, or ``embedded`` / ``embedded:NAME``. The objective decides which records are expected."""
 
-    train: list[str]
-    valid: list[str] | None = None  # None = a share of the training documents, chosen by their content
+    train: tuple[str, ...]
+    valid: tuple[str, ...] | None = None  # None = a share of the training documents, chosen by their content
     valid_fraction: float = 0.01
     valid_rows: int | None = None  # at most this many rows are evaluated; None = all
     field: str = "text"
@@ -53,7 +53,7 @@ class DataConfig:
 @config
 class EvalConfig:
     every: int = 100  # steps
-    prompts: list[str] = []  # continued (pretraining) or answered (SFT, DPO) at each validation
+    prompts: tuple[str, ...] = ()  # continued (pretraining) or answered (SFT, DPO) at each validation
     sample_tokens: int = 64
 
 
