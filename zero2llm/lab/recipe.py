@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from zero2llm.core.config import config, parse, read_yaml, to_dict
-from zero2llm.model.presets import preset
+from zero2llm.core.config import config, json_schema, parse, read_yaml, to_dict
+from zero2llm.model.presets import PRESETS, preset
 from zero2llm.model.spec import ModelConfig
 from zero2llm.optim.adamw import AdamWConfig
 from zero2llm.optim.build import OptimConfig
@@ -136,3 +137,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(**keys: Any) -> Recipe:
     """A recipe from Python values: ``make_recipe(out=..., model={"preset": "llama-nano"}, data={...}, fit={...})``."""
     return parse(Recipe, expand_preset(keys), source="recipe")
+
+
+def recipe_schema() -> str:
+    """JSON schema of a recipe; ``model`` also accepts ``preset`` and then requires nothing else."""
+    schema = json.loads(json_schema(Recipe))
+    model = schema["$defs"]["ModelConfig"]
+    model["properties"]["preset"] = {"enum": list(PRESETS), "description": "Start from this architecture; other keys are laid over it."}
+    model["anyOf"] = [{"required": ["preset"]}, {"required": model.pop("required")}]
+    return json.dumps(schema, indent=2, ensure_ascii=False)
