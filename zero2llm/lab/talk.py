@@ -16,14 +16,18 @@ from zero2llm.train.checkpoint import Checkpoint
 Message = dict[str, str]
 
 
-def load_engine(path: str | Path, device: str = "auto", max_batch: int = 32) -> Engine:
-    """An engine for a checkpoint, a run folder, or the output folder of `zero2llm quickstart` (its last stage)."""
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint, the latest of a run, or the last stage in the output folder of `zero2llm quickstart`."""
     path = Path(path)
-    for stage in ("dpo", "sft", "pretrain"):
-        if not (path / "manifest.json").is_file() and (path / stage / "checkpoints").is_dir():
-            path = path / stage
-            break
-    checkpoint = Checkpoint.open(path)
+    if not (path / "manifest.json").is_file():
+        stages = [path / stage for stage in ("dpo", "sft", "pretrain") if (path / stage / "checkpoints").is_dir()]
+        path = next(iter(stages), path)
+    return Checkpoint.open(path)
+
+
+def load_engine(path: str | Path, device: str = "auto", max_batch: int = 32) -> Engine:
+    """An engine for anything that `find_checkpoint` finds."""
+    checkpoint = find_checkpoint(path)
     model = checkpoint.load_model().to(pick_device(device))
     return Engine(model, Tokenizer.load(checkpoint.tokenizer_dir), max_batch=max_batch)
 

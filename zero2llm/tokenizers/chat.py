@@ -1,0 +1,114 @@
+"""Conversations as text: one Jinja template, and the loss mask that comes from the template itself.
+
+The template marks what the assistant says with `{% generation %}` ... `{% endgeneration %}` (the same convention as
+transformers). Rendering leaves a private character at each border, so the mask needs no search for token patterns;
+control strings that a user typed are broken by another private character and stay ordinary text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import regex
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant", "tool")
+BEGIN, END, BREAK = "\U0010fff0", "\U0010fff1", "\U0010fff2"  # private use; refused in messages
+
+
+def chatml() -> str:
+    """The default template."""
+    return (resources.files("zero2llm") / "tokenizers" / "chatml.jinja").read_text(encoding="utf-8")
+
+
+class _Generation(Extension):
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [nodes.Output([nodes.TemplateData(BEGIN)], lineno=line), *body, nodes.Output([nodes.TemplateData(END)], lineno=line)]
+
+
+@cache
+def _compile(template: str):
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation])
+
+    def raise_exception(message: str):
+        raise TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of rendered text. ``trained`` marks characters (start, stop) of an ordinary stretch."""
+
+    text: str
+    special: bool
+    trained: tuple[tuple[int, int], ...]
+
+
+def check(messages: Sequence[Message]) -> None:
+    """Raises ValueError naming the first message that is not one."""
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i} ({message['role']}): content must be a string, not {message.get('content')!r}")
+        if any(mark in message["content"] for mark in (BEGIN, END, BREAK)):
+            raise ValueError(f"message {i} ({message['role']}): holds a character reserved for rendering (U+10FFF0..2)")
+
+
+def _render(template: str, messages: Sequence[Message], specials: Sequence[str], add_generation_prompt: bool) -> str:
+    check(messages)
+    broken = [{**m, "content": _break(m["content"], specials)} for m in messages]
+    try:
+        return _compile(template).render(messages=broken, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise ValueError(f"chat template: {error}") from error
+
+
+def _break(text: str, specials: Sequence[str]) -> str:
+    for special in specials:
+        text = text.replace(special, special[0] + BREAK + special[1:])
+    return text
+
+
+def render_text(template: str, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    """The conversation as one string."""
+    return regex.sub(f"[{BEGIN}{END}]", "", _render(template, messages, (), add_generation_prompt))
+
+
+def render_spans(template: str, messages: Sequence[Message], specials: Sequence[str], *, add_generation_prompt: bool = False) -> list[Span]:
+    """The conversation cut at the control strings that the template (not a user) wrote, with what is to be trained."""
+    rendered = _render(template, messages, specials, add_generation_prompt)
+    spans, inside = [], False
+    for part in regex.split("(" + "|".join(map(regex.escape, specials)) + ")", rendered):
+        if part in specials:
+            spans.append(Span(part, True, ((0, len(part)),) if inside else ()))
+            continue
+        text, trained, begun = "", [], 0
+        for piece in regex.split(f"([{BEGIN}{END}])", part.replace(BREAK, "")):
+            if piece == BEGIN:
+                inside, begun = True, len(text)
+            elif piece == END:
+                inside = False
+                trained.append((begun, len(text)))
+            else:
+                text += piece
+        if inside:
+            trained.append((begun, len(text)))
+        if text:
+            spans.append(Span(text, False, tuple(t for t in trained if t[0] < t[1])))
+    return spans
