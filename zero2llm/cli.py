@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Build a language model from nothing and keep it.")  # fmt: skip
-tokenizer_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a tokenizer, or see what one does to a text.")
+tokenizer_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Train a tokenizer, or see what one does to a text."
+)
 app.add_typer(tokenizer_app, name="tokenizer")
 
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="Changes to the recipe: key.sub=value ...")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key.sub=value ...")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
-FastDevRun = Annotated[bool, typer.Option("--fast-dev-run", help="The same path with a few steps, to see that it works.")]
+FastDevRun = Annotated[
+    bool, typer.Option("--fast-dev-run", help="The same path with a few steps, to see that it works.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 = always the likeliest token.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability together.")]
 MinP = Annotated[float, typer.Option(help="Sample from tokens at least this likely, relative to the likeliest.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: tokens already used become less likely.")]
-Stop = Annotated[Optional[list[str]], typer.Option(help="End the answer before this text; may be repeated.")]
-Seed = Annotated[Optional[int], typer.Option(help="Same seed, same answer.")]
+Penalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1: tokens already used become less likely.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 
 
 @app.command()
@@ -48,8 +54,12 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     fast_dev_run: FastDevRun = False,
-    skip_bad_records: Annotated[bool, typer.Option("--skip-bad-records", help="Count and list bad records instead of stopping.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display; metrics.jsonl is still written.")] = False,
+    skip_bad_records: Annotated[
+        bool, typer.Option("--skip-bad-records", help="Count and list bad records instead of stopping.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress display; metrics.jsonl is still written.")
+    ] = False,
 ) -> None:
     """Train one stage as RECIPE (a YAML file) says: pretraining, SFT or DPO."""
     from zero2llm.lab.recipe import load_recipe
@@ -70,7 +80,7 @@ def inspect_batch(
     recipe: Path,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(help="Rows to show.")] = 2,
-    html: Annotated[Optional[Path], typer.Option(help="Also write a page to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
 ) -> None:
     """Show the first batch of RECIPE as the model sees it: tokens, loss mask, labels, documents."""
     from zero2llm.lab.look import inspect_recipe
@@ -82,7 +92,9 @@ def inspect_batch(
 def generate(
     checkpoint: Path,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be repeated for a batch.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Ask it as a user's message instead of continuing the text.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask it as a user's message instead of continuing the text.")
+    ] = False,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
@@ -105,7 +117,7 @@ def generate(
 @app.command()
 def chat(
     checkpoint: Path,
-    system: Annotated[Optional[str], typer.Option(help="A system message.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -138,7 +150,7 @@ def export(
 
 
 @app.command()
-def presets(name: Annotated[Optional[str], typer.Argument(help="One preset, in detail.")] = None) -> None:
+def presets(name: Annotated[str | None, typer.Argument(help="One preset, in detail.")] = None) -> None:
     """List the built-in architectures with parameters, FLOPs and memory, from nano to their real sizes."""
     from zero2llm.lab.look import show_presets
 
@@ -146,7 +158,7 @@ def presets(name: Annotated[Optional[str], typer.Argument(help="One preset, in d
 
 
 @app.command()
-def schema(out: Annotated[Optional[Path], typer.Option(help="File to write; default: print.")] = None) -> None:
+def schema(out: Annotated[Path | None, typer.Option(help="File to write; default: print.")] = None) -> None:
     """The JSON schema of recipes, for editors that complete and check YAML."""
     from zero2llm.core.files import write_atomic
     from zero2llm.lab.recipe import recipe_schema
@@ -164,7 +176,9 @@ def tokenizer_train(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     vocab_size: Annotated[int, typer.Option(help="Entries, special tokens included.")] = 4096,
     split: Annotated[str, typer.Option(help="How text is cut before merging: qwen2, llama3 or gpt2.")] = "qwen2",
-    engine: Annotated[str, typer.Option(help="handwritten (pure Python) or library (tokenizers, for large text).")] = "handwritten",
+    engine: Annotated[
+        str, typer.Option(help="handwritten (pure Python) or library (tokenizers, for large text).")
+    ] = "handwritten",
     field: Annotated[str, typer.Option(help="Field of JSON records that holds the text.")] = "text",
     overwrite: Overwrite = False,
 ) -> None:

@@ -62,7 +62,9 @@ def full_disk(error: OSError, path: Path) -> Exception:
     """ENOSPC as a sentence; any other error unchanged."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
-    return ValueError(f"no space left while writing {path}; nothing was overwritten: free some disk space and run again")
+    return ValueError(
+        f"no space left while writing {path}; nothing was overwritten: free some disk space and run again"
+    )
 
 
 def sha256(path: Path) -> str:

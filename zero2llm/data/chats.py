@@ -27,7 +27,9 @@ def conversation_item(messages: list[Message], tokenizer: Tokenizer, max_len: in
     raise ValueError(f"no answer fits into {max_len} tokens (the conversation has {len(ids)}); raise seq_len")
 
 
-def conversation_items(all_messages: Iterable[list[Message]], tokenizer: Tokenizer, max_len: int, bad: BadRecords) -> Iterator[Item]:
+def conversation_items(
+    all_messages: Iterable[list[Message]], tokenizer: Tokenizer, max_len: int, bad: BadRecords
+) -> Iterator[Item]:
     """Items of many conversations; those that do not fit are named in ``bad``, never dropped unseen."""
     for number, messages in enumerate(all_messages, 1):
         try:

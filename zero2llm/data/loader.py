@@ -125,7 +125,9 @@ class Loader:
         self.source, self.rows, self.seed, self.rank, self.world, self.repeat = source, rows, seed, rank, world, repeat
         self.units, self.step = rows // source.unit, 0
         if rows % (source.unit * world):
-            raise ValueError(f"a batch of {rows} rows does not divide among {world} ranks in groups of {source.unit}; change batch_tokens")
+            raise ValueError(
+                f"a batch of {rows} rows does not divide among {world} ranks in groups of {source.unit}; change batch_tokens"
+            )
         if repeat and len(source) < self.units:
             raise ValueError(
                 f"the training data fills {len(source) * source.unit} rows, one batch needs {rows}: "
@@ -157,5 +159,3 @@ class Loader:
             if state[key] != mine[key]:
                 raise ValueError(f"cannot resume: the data's {key} was {state[key]} and is now {mine[key]}")
         self.step = state["step"]
-
-

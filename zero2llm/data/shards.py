@@ -1,9 +1,9 @@
 """Token files: memory-mapped, hashed, and either whole or absent.
 
-    tokens.bin   all items end to end (uint16 up to 65,536 entries, else uint32)
-    mask.bin     uint8 beside each token: 1 = trained (absent where every token is)
-    offsets.bin  int64, item i is tokens[offsets[i] : offsets[i + 1]]
-    manifest.json  counts, sha256 of each file, the tokenizer's fingerprint, what it was made from
+tokens.bin   all items end to end (uint16 up to 65,536 entries, else uint32)
+mask.bin     uint8 beside each token: 1 = trained (absent where every token is)
+offsets.bin  int64, item i is tokens[offsets[i] : offsets[i + 1]]
+manifest.json  counts, sha256 of each file, the tokenizer's fingerprint, what it was made from
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class TokenShards:
             if not (path / name).is_file() or (path / name).stat().st_size != size:
                 raise ValueError(f"{path / name}: missing or cut short; delete the folder to make it again")
             if verify and sha256(path / name) != manifest["sha256"][name]:
-                raise ValueError(f"{path / name}: its sha256 differs from the manifest's; delete the folder to make it again")
+                raise ValueError(
+                    f"{path / name}: its sha256 differs from the manifest's; delete the folder to make it again"
+                )
         tokens = np.memmap(path / "tokens.bin", dtype=manifest["dtype"], mode="r")
         mask = np.memmap(path / "mask.bin", dtype=np.uint8, mode="r") if "mask.bin" in manifest["sizes"] else None
         return TokenShards(path, manifest, tokens, mask, np.fromfile(path / "offsets.bin", dtype=np.int64))
@@ -81,7 +83,13 @@ def build_shards(items: Iterable[Item], out: Path, *, tokenizer: Tokenizer, key:
         if not masked:
             (part / "mask.bin").unlink()
         np.asarray(offsets, dtype=np.int64).tofile(part / "offsets.bin")
-        manifest = {"format": FORMAT, "kind": kind, "key": key, "tokenizer": tokenizer.fingerprint(), "dtype": np.dtype(dtype).name}
+        manifest = {
+            "format": FORMAT,
+            "kind": kind,
+            "key": key,
+            "tokenizer": tokenizer.fingerprint(),
+            "dtype": np.dtype(dtype).name,
+        }
         manifest |= {"items": len(offsets) - 1, "tokens": offsets[-1], "sha256": hashes(part)}
         manifest["sizes"] = {p.name: p.stat().st_size for p in part.iterdir()}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

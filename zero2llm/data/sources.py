@@ -35,7 +35,11 @@ class BadRecords:
     found: list[str] = field(default_factory=list)
 
     def add(self, file: str, line: int, reason: str) -> None:
-        text = f"{file}, record {line}: {reason}" if file in ("conversations", "pairs") else f"{file}, line {line}: {reason}"
+        text = (
+            f"{file}, record {line}: {reason}"
+            if file in ("conversations", "pairs")
+            else f"{file}, line {line}: {reason}"
+        )
         if not self.skip:
             raise ValueError(f"{text}; correct it, or pass --skip-bad-records to leave such records out")
         self.found.append(text)
@@ -99,7 +103,9 @@ def _read(path: Path, bad: BadRecords) -> Iterator[Record]:
         if text.strip():
             yield Record({"text": text}, str(path), 1)
     else:
-        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; readable are {', '.join(SUFFIXES)}, also with .xz or .gz")
+        raise ValueError(
+            f"{path}: unknown kind of file {path.suffix!r}; readable are {', '.join(SUFFIXES)}, also with .xz or .gz"
+        )
 
 
 def _binary(path: Path) -> io.BufferedIOBase:
@@ -113,7 +119,9 @@ def _text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file to UTF-8") from None
+        raise ValueError(
+            f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file to UTF-8"
+        ) from None
 
 
 def _json_lines(path: Path, bad: BadRecords) -> Iterator[Record]:
@@ -133,7 +141,9 @@ def _json_array(path: Path) -> Iterator[Record]:
     try:
         data = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); one object per line is .jsonl") from None
+        raise ValueError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}); one object per line is .jsonl"
+        ) from None
     if not isinstance(data, list):
         raise ValueError(f"{path}: an array of records was expected, this is a {type(data).__name__}")
     yield from (Record(value, str(path), i) for i, value in enumerate(data, 1))

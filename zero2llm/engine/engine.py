@@ -61,7 +61,9 @@ class Engine:
 
     def __init__(self, model: LM, tokenizer: Tokenizer, *, max_batch: int = 32, max_len: int | None = None):
         if tokenizer.vocab_size != model.cfg.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.cfg.vocab_size}; use the checkpoint's own")
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.cfg.vocab_size}; use the checkpoint's own"
+            )
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_batch, self.max_len = max_batch, min(max_len or model.cfg.max_len, model.cfg.max_len)
         self.waiting: deque[Request] = deque()
@@ -172,7 +174,9 @@ class Engine:
         self.waiting.clear()
         self.running, self.states = [], []
 
-    def generate(self, prompts: list[str | list[int]], sampling: Sampling | list[Sampling] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: list[str | list[int]], sampling: Sampling | list[Sampling] | None = None
+    ) -> list[Completion]:
         """Complete all prompts; ``sampling`` is one for all or one each."""
         each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
         numbers = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]

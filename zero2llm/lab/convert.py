@@ -16,5 +16,7 @@ def export_checkpoint(checkpoint: Path, out: Path, to: str = "hf", overwrite: bo
     source = find_checkpoint(checkpoint)
     model = source.load_model()
     export_hf(model.state_dict(), model.cfg, source.tokenizer_dir, out, overwrite=overwrite)
-    console().print(f"wrote {out}: open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})", markup=False)
+    console().print(
+        f"wrote {out}: open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})", markup=False
+    )
     return out

@@ -76,7 +76,7 @@ class Lifecycle:
         path = lambda *parts: json.dumps(str(self.out.joinpath(*parts)))
         changes = [f"out={path(stage)}", *self.size.overrides[stage]]
         if stage == "pretrain":
-            changes += ["tokenizer={path: %s}" % path("tokenizer")] if (self.out / "tokenizer").is_dir() else []
+            changes += [f"tokenizer={{path: {path('tokenizer')}}}"] if (self.out / "tokenizer").is_dir() else []
         else:
             before, data = {"sft": ("pretrain", "sft"), "dpo": ("sft", "preferences")}[stage]
             changes += [f"init={path(before)}", f"data.train=[{path('data', data + '.jsonl')}]"]
@@ -146,6 +146,8 @@ def run_lifecycle(out: Path, *, fast: bool = False, overwrite: bool = False) -> 
     if out.exists() and not mark.is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no quickstart folder; choose another with --out")
     if mark.is_file() and read_json(mark)["kind"] != kind:
-        raise ValueError(f"{out} holds a {read_json(mark)['kind']} run; pass --overwrite to replace it, or another --out")
+        raise ValueError(
+            f"{out} holds a {read_json(mark)['kind']} run; pass --overwrite to replace it, or another --out"
+        )
     write_atomic(mark, json.dumps({"kind": kind}))
     return Lifecycle(out, fast).run() or fast

@@ -44,7 +44,9 @@ def show_presets(name: str | None) -> None:
     console().print(table)
 
 
-def train_tokenizer(files: list[str], out: Path, vocab_size: int, split: str, engine: str, field: str, overwrite: bool) -> None:
+def train_tokenizer(
+    files: list[str], out: Path, vocab_size: int, split: str, engine: str, field: str, overwrite: bool
+) -> None:
     """Train on the documents of ``files`` and write a folder that transformers opens too."""
     with new_folder(out, overwrite) as part:
         texts = list(documents(files, field=field, bad=BadRecords(skip=False)))
@@ -52,7 +54,9 @@ def train_tokenizer(files: list[str], out: Path, vocab_size: int, split: str, en
         tokenizer.save(part)
     n_bytes, sample = sum(len(t.encode()) for t in texts[:500]), tokenizer.encode_batch(texts[:500])
     ratio = n_bytes / max(sum(map(len, sample)), 1)
-    console().print(f"{out}: {tokenizer.vocab_size} tokens, {ratio:.2f} bytes per token on the first documents", markup=False)
+    console().print(
+        f"{out}: {tokenizer.vocab_size} tokens, {ratio:.2f} bytes per token on the first documents", markup=False
+    )
 
 
 def show_tokens(folder: Path, text: str) -> None:
@@ -63,4 +67,6 @@ def show_tokens(folder: Path, text: str) -> None:
     for i in ids:
         table.add_row(str(i), tokenizer.show(i), tokenizer.token_bytes(i).hex(" "))
     console().print(table)
-    console().print(f"{len(ids)} tokens, {len(text.encode())} bytes: {len(text.encode()) / max(len(ids), 1):.2f} bytes per token")
+    console().print(
+        f"{len(ids)} tokens, {len(text.encode())} bytes: {len(text.encode()) / max(len(ids), 1):.2f} bytes per token"
+    )

@@ -70,7 +70,9 @@ def documents_of(batches: Iterable[Batch]) -> list[np.ndarray]:
     return docs
 
 
-def ngram_marks(seen: list[np.ndarray], held_out: list[np.ndarray], vocab_size: int, byte_lengths: Tensor) -> dict[str, float]:
+def ngram_marks(
+    seen: list[np.ndarray], held_out: list[np.ndarray], vocab_size: int, byte_lengths: Tensor
+) -> dict[str, float]:
     """Bits per byte on ``held_out`` of Kneser-Ney models fitted on the tokens that the neural model was shown."""
     n_bytes = sum(int(byte_lengths[torch.from_numpy(doc[1:])].sum()) for doc in held_out)
     return {

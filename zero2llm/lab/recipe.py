@@ -121,7 +121,10 @@ def expand_preset(data: dict) -> dict:
 def _merge(base: Any, over: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
-    return {key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key)) for key in {**base, **over}}
+    return {
+        key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key))
+        for key in {**base, **over}
+    }
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -143,6 +146,9 @@ def recipe_schema() -> str:
     """JSON schema of a recipe; ``model`` also accepts ``preset`` and then requires nothing else."""
     schema = json.loads(json_schema(Recipe))
     model = schema["$defs"]["ModelConfig"]
-    model["properties"]["preset"] = {"enum": list(PRESETS), "description": "Start from this architecture; other keys are laid over it."}
+    model["properties"]["preset"] = {
+        "enum": list(PRESETS),
+        "description": "Start from this architecture; other keys are laid over it.",
+    }
     model["anyOf"] = [{"required": ["preset"]}, {"required": model.pop("required")}]
     return json.dumps(schema, indent=2, ensure_ascii=False)

@@ -46,7 +46,9 @@ def build_tokenizer(cfg: TokenizerConfig, data: DataConfig, run: Path) -> tuple[
         console().print(f"training a tokenizer of {cfg.vocab_size} entries ({cfg.engine})", markup=False)
         texts, _ = read_documents(data, data.train)
         with new_folder(folder) as part:
-            Tokenizer.train(_sample(texts, cfg.sample_bytes), cfg.vocab_size, split=cfg.split, engine=cfg.engine).save(part)
+            Tokenizer.train(_sample(texts, cfg.sample_bytes), cfg.vocab_size, split=cfg.split, engine=cfg.engine).save(
+                part
+            )
     return Tokenizer.load(folder), folder
 
 
@@ -94,16 +96,24 @@ def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[TokenShard
     data, bad = recipe.data, BadRecords(skip=recipe.data.skip_bad_records)
     key = _key(recipe)
     if data.valid is not None:
-        parts = [(name, lambda paths=paths: _items(recipe, tokenizer, paths, bad)) for name, paths in (("train", data.train), ("valid", data.valid))]
+        parts = [
+            (name, lambda paths=paths: _items(recipe, tokenizer, paths, bad))
+            for name, paths in (("train", data.train), ("valid", data.valid))
+        ]
     else:
         split = cache(lambda: _split(recipe, tokenizer, bad))
         parts = [("train", lambda: split()[0]), ("valid", lambda: split()[1])]
     made = []
     for name, items in parts:
         folder = run / "data" / name
-        made.append(_reuse(folder, tokenizer, key) or build_shards(items(), folder, tokenizer=tokenizer, key=key, kind=recipe.objective.kind))
+        made.append(
+            _reuse(folder, tokenizer, key)
+            or build_shards(items(), folder, tokenizer=tokenizer, key=key, kind=recipe.objective.kind)
+        )
     if bad.found:
-        console().print(f"{len(bad.found)} bad records left out; the first: {bad.found[0]}", style="yellow", markup=False)
+        console().print(
+            f"{len(bad.found)} bad records left out; the first: {bad.found[0]}", style="yellow", markup=False
+        )
         write_atomic(run / "data" / "bad_records.txt", "\n".join(bad.found) + "\n")
     return made[0], made[1]
 
@@ -112,7 +122,9 @@ def _key(recipe: Recipe) -> str:
     """Names the data that token files were made from: options, and every file with its size and time."""
     paths = [*recipe.data.train, *(recipe.data.valid or ())]
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in expand(paths)]
-    return hashlib.sha256(json.dumps([to_dict(recipe.data), recipe.objective.kind, recipe.seq_len, files]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([to_dict(recipe.data), recipe.objective.kind, recipe.seq_len, files]).encode()
+    ).hexdigest()
 
 
 def _reuse(folder: Path, tokenizer: Tokenizer, key: str) -> TokenShards | None:
@@ -150,7 +162,9 @@ def _check_split(n_train: int, n_valid: int, fraction: float) -> None:
 
 def _items(recipe: Recipe, tokenizer: Tokenizer, paths: tuple[str, ...], bad: BadRecords) -> Iterable[Item]:
     if recipe.objective.kind == "clm":
-        return document_items(islice(documents(paths, field=recipe.data.field, bad=bad), recipe.data.max_documents), tokenizer)
+        return document_items(
+            islice(documents(paths, field=recipe.data.field, bad=bad), recipe.data.max_documents), tokenizer
+        )
     read = conversations if recipe.objective.kind == "sft" else preferences
     return _tokenized(recipe, tokenizer, islice(read(paths, bad), recipe.data.max_documents), bad)
 

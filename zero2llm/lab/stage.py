@@ -104,7 +104,9 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     validate = Validate(lambda: _measure(model, objective, sets, recipe, lengths), recipe.eval.every, steps, telemetry)
     what = {"model": model, "tokenizer_dir": tokenizer_dir, "optim": optim, "batches": sets.train, "parent": parent}
     save = Save(run, recipe.save.every_s, recipe.save.keep, steps, validate, **what)
-    hooks = [telemetry, validate, _sampler(model, tokenizer, recipe, telemetry), save] if telemetry else [validate, save]
+    hooks = (
+        [telemetry, validate, _sampler(model, tokenizer, recipe, telemetry), save] if telemetry else [validate, save]
+    )
     try:
         fit(model, objective, sets.train, optim, recipe.fit, state=state, hooks=hooks)
     finally:
@@ -137,10 +139,11 @@ def sample(model: LM, tokenizer: Tokenizer, recipe: Recipe) -> list[str]:
         prompts = [[tokenizer.eos_id, *tokenizer.encode(p)] for p in recipe.eval.prompts]
         sampling = Sampling(max_tokens=recipe.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=recipe.seed)
     else:
-        prompts = [tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in recipe.eval.prompts]
+        prompts = [
+            tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0]
+            for p in recipe.eval.prompts
+        ]
         sampling = Sampling(max_tokens=recipe.eval.sample_tokens, temperature=0)
     done = Engine(model, tokenizer).generate(prompts, sampling)
     model.train()
     return [completion.text for completion in done]
-
-

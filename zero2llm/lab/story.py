@@ -25,12 +25,20 @@ CHAT = ("Who are you?", "Tom has the book. Mary has the lamp. Who has the lamp?"
         "你好。你是谁？", "王生在城里。李生在田里。谁在城里？", "请帮我买这个琴。")  # fmt: skip
 SHOWN = ("It was a dark night, and ", "The captain said", "《江城子》", "春")
 SENTENCE = {"en": "Tom has the book. Who has the book?", "zh": "王生有书。谁有书？"}
-LEARNED, TAUGHT, KEPT, TRAINED = 0.20, 0.85, 0.03, 0.20  # thresholds of the issue: before SFT, after SFT, EM loss, DPO gain
+LEARNED, TAUGHT, KEPT, TRAINED = (
+    0.20,
+    0.85,
+    0.03,
+    0.20,
+)  # thresholds of the issue: before SFT, after SFT, EM loss, DPO gain
 FAMILIES_NEEDED = 3
 
 
 def _rates(engine: Engine, run: Lifecycle) -> dict[str, dict]:
-    return {name: {"rate": r.rate, "n": r.total, "interval": r.interval} for name, r in task_accuracy(engine, run.items()).items()}
+    return {
+        name: {"rate": r.rate, "n": r.total, "interval": r.interval}
+        for name, r in task_accuracy(engine, run.items()).items()
+    }
 
 
 def _samples(engine: Engine, run: Lifecycle) -> list[str]:
@@ -70,11 +78,19 @@ def judge_dpo(run: Lifecycle) -> dict[str, Any]:
     talk: list[dict[str, str]] = []
     for question in CHAT[:4]:
         talk.append({"role": "user", "content": question})
-        talk.append({"role": "assistant", "content": "".join(stream_answer(engine, talk[-1:], Sampling(max_tokens=40, temperature=0)))})
+        talk.append(
+            {
+                "role": "assistant",
+                "content": "".join(stream_answer(engine, talk[-1:], Sampling(max_tokens=40, temperature=0))),
+            }
+        )
     maps = {}
     for lang, text in SENTENCE.items():
         ids = engine.tokenizer.encode(text)
-        layers = [{"layer": i, "heads": [h.tolist() for h in heads.round(decimals=4)]} for i, heads in attention_maps(engine.model, ids)]
+        layers = [
+            {"layer": i, "heads": [h.tolist() for h in heads.round(decimals=4)]}
+            for i, heads in attention_maps(engine.model, ids)
+        ]
         maps[lang] = {"tokens": [engine.tokenizer.show(i) for i in ids], "layers": layers}
     found = {"rates": _rates(engine, run), "samples": _samples(engine, run), "win_rate": win.rate, "pairs": win.total}
     return found | {"conversation": talk, "attention": maps["en"]}
@@ -88,7 +104,11 @@ def checks(run: Lifecycle) -> list[dict]:
 
     def check(stage: str, name: str, value: float, bound: float, direction: str, unit: str, why: str) -> None:
         passed = value >= bound if direction == "min" else value <= bound
-        out.append(dict(stage=stage, name=name, value=value, bound=bound, direction=direction, unit=unit, passed=passed, why=why))
+        out.append(
+            dict(
+                stage=stage, name=name, value=value, bound=bound, direction=direction, unit=unit, passed=passed, why=why
+            )
+        )
 
     check("pretrain", "bits per byte on held-out text", valid["valid_bpb"], base["marks"]["Kneser-Ney bigram"], "max", "bits/byte",
           "fewer than a Kneser-Ney bigram fitted on the same tokens")  # fmt: skip
@@ -164,9 +184,18 @@ def tokenizer_view(engine: Engine) -> dict[str, Any]:
 def commands(run: Lifecycle) -> list[dict[str, str]]:
     return [
         {"command": f"zero2llm chat {run.out}", "what": "talk to it"},
-        {"command": f'zero2llm generate {run.out / "pretrain"} --prompt "It was a"', "what": "let the base model continue a text"},
-        {"command": f"zero2llm inspect-batch {run.out / 'sft' / 'recipe.json'}", "what": "see tokens and loss mask as the model did"},
-        {"command": f"transformers: AutoModelForCausalLM.from_pretrained('{run.out / 'export'}')", "what": "open it elsewhere"},
+        {
+            "command": f'zero2llm generate {run.out / "pretrain"} --prompt "It was a"',
+            "what": "let the base model continue a text",
+        },
+        {
+            "command": f"zero2llm inspect-batch {run.out / 'sft' / 'recipe.json'}",
+            "what": "see tokens and loss mask as the model did",
+        },
+        {
+            "command": f"transformers: AutoModelForCausalLM.from_pretrained('{run.out / 'export'}')",
+            "what": "open it elsewhere",
+        },
     ]
 
 
@@ -177,7 +206,9 @@ def conclude(run: Lifecycle, results: dict) -> bool:
     for check in results["checks"]:
         mark = "[green]pass[/green]" if check["passed"] else "[red]MISS[/red]"
         sign = ">=" if check["direction"] == "min" else "<="
-        out.print(f"{mark}  {check['stage']}: {check['name']} {check['value']:.2f} ({sign} {check['bound']:.2f} {check['unit']})")
+        out.print(
+            f"{mark}  {check['stage']}: {check['name']} {check['value']:.2f} ({sign} {check['bound']:.2f} {check['unit']})"
+        )
     out.print()
     for message in results["conversation"]:
         out.print(f"  {'you' if message['role'] == 'user' else 'bot'}> {message['content']}", markup=False)

@@ -20,7 +20,9 @@ class KVState:
         self.k, self.v, self.ring = k, v, ring
 
     @staticmethod
-    def empty(batch: int, n_kv: int, slots: int, k_dim: int, v_dim: int, ring: bool, device=None, dtype=None) -> KVState:
+    def empty(
+        batch: int, n_kv: int, slots: int, k_dim: int, v_dim: int, ring: bool, device=None, dtype=None
+    ) -> KVState:
         new = lambda width: torch.zeros(batch, n_kv, slots + 1, width, device=device, dtype=dtype)
         return KVState(new(k_dim), new(v_dim), ring)
 

@@ -22,7 +22,12 @@ WIDE = 8192  # output rows from which a second, empty column beats the split
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N) -> (..., N); equal to F.linear up to the order of summation."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() > MAX_ROWS * x.shape[-1]:
+    if (
+        torch.is_grad_enabled()
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or x.numel() > MAX_ROWS * x.shape[-1]
+    ):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     n, k = weight.shape

@@ -34,7 +34,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
-        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(hidden.device.type)
+            if torch.is_autocast_enabled(hidden.device.type)
+            else hidden.dtype
+        )
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         cast, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
@@ -73,7 +77,10 @@ def cross_entropy_plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
     """log p(label) of each position in nats, labels' shape, fp32; 0 where the label is IGNORE."""
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    parts = [checkpoint(_chunk_logps, h, weight, t, use_reentrant=False) for h, t in zip(flat.split(chunk), y.split(chunk), strict=True)]
+    parts = [
+        checkpoint(_chunk_logps, h, weight, t, use_reentrant=False)
+        for h, t in zip(flat.split(chunk), y.split(chunk), strict=True)
+    ]
     return torch.cat(parts).reshape(labels.shape)
 
 

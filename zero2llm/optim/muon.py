@@ -35,7 +35,9 @@ class MuonConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.iterations < 1 or not 0 <= self.momentum < 1:
-            raise ValueError(f"lr = {self.lr} must be positive, iterations >= 1 and momentum = {self.momentum} in [0, 1)")
+            raise ValueError(
+                f"lr = {self.lr} must be positive, iterations >= 1 and momentum = {self.momentum} in [0, 1)"
+            )
 
 
 def newton_schulz(x: Tensor, iterations: int = 5) -> Tensor:

@@ -1,6 +1,6 @@
 """Loss scaling for fp16: gradients below 6e-8 would vanish, so the loss is multiplied before the backward pass.
 
-    overflow: skip the step, S <- S / 2;   after 2,000 clean steps: S <- 2 S          Source: 1710.03740 section 3.2
+overflow: skip the step, S <- S / 2;   after 2,000 clean steps: S <- 2 S          Source: 1710.03740 section 3.2
 """
 
 from __future__ import annotations

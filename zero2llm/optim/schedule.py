@@ -1,8 +1,8 @@
 """Learning-rate schedules: a factor in (0, 1] of the peak rate for each optimizer step.
 
-    warm-up   (t + 1) / w                                  for t < w: no step is wasted at rate 0
-    cosine    floor + (1 - floor) (1 + cos(pi u)) / 2      u = (t - w) / (T - w)          1608.03983
-    wsd       1, then over the last `decay` share linearly (or 1 - sqrt) to floor         2404.06395, 2405.18392
+warm-up   (t + 1) / w                                  for t < w: no step is wasted at rate 0
+cosine    floor + (1 - floor) (1 + cos(pi u)) / 2      u = (t - w) / (T - w)          1608.03983
+wsd       1, then over the last `decay` share linearly (or 1 - sqrt) to floor         2404.06395, 2405.18392
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ class World:
 
     @staticmethod
     def current() -> World:
-        return World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else World()
+        return (
+            World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else World()
+        )
 
     def sum(self, value: Tensor) -> Tensor:
         """``value`` (a scalar tensor) summed over ranks."""

@@ -33,7 +33,11 @@ class _Generation(Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [nodes.Output([nodes.TemplateData(BEGIN)], lineno=line), *body, nodes.Output([nodes.TemplateData(END)], lineno=line)]
+        return [
+            nodes.Output([nodes.TemplateData(BEGIN)], lineno=line),
+            *body,
+            nodes.Output([nodes.TemplateData(END)], lineno=line),
+        ]
 
 
 @cache
@@ -65,7 +69,9 @@ def check(messages: Sequence[Message]) -> None:
             role = message.get("role") if isinstance(message, dict) else message
             raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} ({message['role']}): content must be a string, not {message.get('content')!r}")
+            raise ValueError(
+                f"message {i} ({message['role']}): content must be a string, not {message.get('content')!r}"
+            )
         if any(mark in message["content"] for mark in (BEGIN, END, BREAK)):
             raise ValueError(f"message {i} ({message['role']}): holds a character reserved for rendering (U+10FFF0..2)")
 
@@ -90,7 +96,9 @@ def render_text(template: str, messages: Sequence[Message], *, add_generation_pr
     return regex.sub(f"[{BEGIN}{END}]", "", _render(template, messages, (), add_generation_prompt))
 
 
-def render_spans(template: str, messages: Sequence[Message], specials: Sequence[str], *, add_generation_prompt: bool = False) -> list[Span]:
+def render_spans(
+    template: str, messages: Sequence[Message], specials: Sequence[str], *, add_generation_prompt: bool = False
+) -> list[Span]:
     """The conversation cut at the control strings that the template (not a user) wrote, with what is to be trained."""
     rendered = _render(template, messages, specials, add_generation_prompt)
     spans, inside = [], False

@@ -16,7 +16,9 @@ def _shell(model: models.Model, split: str) -> Tokenizer:
     splitter(split)  # refuses an unknown name
     tokenizer = Tokenizer(model)
     cut = pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -35,7 +37,9 @@ def train_library(texts: Iterable[str], vocab_size: int, split: str) -> list[Pai
     """Merges learned by the library: the same rule in Rust, for corpora of gigabytes."""
     tokenizer = _shell(models.BPE(), split)
     characters = [to_chars(b) for b in alphabet()]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIALS), initial_alphabet=characters, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIALS), initial_alphabet=characters, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return merges_of(tokenizer)
 

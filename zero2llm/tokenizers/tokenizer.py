@@ -34,7 +34,9 @@ class Tokenizer:
         self.eos_id, self.pad_id = library.token_to_id(DOCUMENT), library.token_to_id(PAD)
         self.im_start_id, self.im_end_id = library.token_to_id(TURN_START), library.token_to_id(TURN_END)
         if self.pad_id in (self.eos_id, self.im_end_id):
-            raise ValueError("pad and end are the same token: masking the padding would mask the end, and the model never stop")
+            raise ValueError(
+                "pad and end are the same token: masking the padding would mask the end, and the model never stop"
+            )
         self.vocab_size = library.get_vocab_size()
         self.special_ids = frozenset(library.token_to_id(s) for s in SPECIALS)
         self.stop_ids = frozenset({self.eos_id, self.im_end_id})
@@ -53,7 +55,9 @@ class Tokenizer:
         """
         n_merges = vocab_size - len(SPECIALS) - 256
         if n_merges < 0:
-            raise ValueError(f"vocab_size = {vocab_size} must be at least {len(SPECIALS) + 256}: control tokens and bytes")
+            raise ValueError(
+                f"vocab_size = {vocab_size} must be at least {len(SPECIALS) + 256}: control tokens and bytes"
+            )
         if engine == "library":
             merges = train_library(texts, vocab_size, split)
         elif engine == "handwritten":
@@ -62,7 +66,9 @@ class Tokenizer:
             raise ValueError(f"tokenizer engine {engine!r} is unknown; use handwritten or library")
         tokenizer = Tokenizer(assemble(merges, split), chatml())
         if tokenizer.vocab_size != vocab_size:
-            raise ValueError(f"the text yields a vocabulary of {tokenizer.vocab_size}, not {vocab_size}: give more text or ask for less")
+            raise ValueError(
+                f"the text yields a vocabulary of {tokenizer.vocab_size}, not {vocab_size}: give more text or ask for less"
+            )
         return tokenizer
 
     @staticmethod

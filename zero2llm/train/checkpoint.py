@@ -54,7 +54,9 @@ class Checkpoint:
             return found
         manifest = read_json(path / "manifest.json")
         if manifest.get("format") != FORMAT:
-            raise ValueError(f"{path}: checkpoint format {manifest.get('format')!r}, this version of zero2llm reads {FORMAT}")
+            raise ValueError(
+                f"{path}: checkpoint format {manifest.get('format')!r}, this version of zero2llm reads {FORMAT}"
+            )
         return Checkpoint(path, manifest).verify()
 
     def verify(self) -> Checkpoint:
@@ -104,18 +106,30 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
         if n in tensors and tensors[n].shape != own[n].shape
     ]
     if faults:
-        raise ValueError(f"{source}: weights do not fit the model: {'; '.join(faults[:8])}{' ...' if len(faults) > 8 else ''}")
+        raise ValueError(
+            f"{source}: weights do not fit the model: {'; '.join(faults[:8])}{' ...' if len(faults) > 8 else ''}"
+        )
     model.load_state_dict(tensors)
 
 
 def save_checkpoint(
-    run: Path, model: LM, tokenizer_dir: Path, state: FitState, optim: OptimizerSet, batches, *, parent: str | None, metrics: dict
+    run: Path,
+    model: LM,
+    tokenizer_dir: Path,
+    state: FitState,
+    optim: OptimizerSet,
+    batches,
+    *,
+    parent: str | None,
+    metrics: dict,
 ) -> Path:
     """Write ``run/checkpoints/step-N``. Raises ValueError if the disk is full; earlier checkpoints stay."""
     final = run / "checkpoints" / f"step-{state.step:08d}"
     with new_folder(final, overwrite=True) as part:
         save_tensors(model.state_dict(), part / "model")
-        (part / "config.json").write_text(json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8")
+        (part / "config.json").write_text(
+            json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8"
+        )
         shutil.copytree(tokenizer_dir, part / "tokenizer")
         save_tensors(optim.state_tensors(), part / "train", "optim")
         save_tensors(rng_state(), part / "train", "rng")

@@ -14,7 +14,12 @@ from zero2llm.train.loss import Objective
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: Objective, batches: Iterable[Batch], *, micro_rows: int = 8, byte_lengths: Tensor | None = None
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    *,
+    micro_rows: int = 8,
+    byte_lengths: Tensor | None = None,
 ) -> dict[str, float]:
     """Mean of every metric of ``objective`` over all batches.
 

@@ -41,7 +41,9 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.micro_rows < 1 or (self.clip is not None and self.clip <= 0):
-            raise ValueError(f"steps = {self.steps} and micro_rows = {self.micro_rows} must be positive, clip > 0 or null")
+            raise ValueError(
+                f"steps = {self.steps} and micro_rows = {self.micro_rows} must be positive, clip > 0 or null"
+            )
 
 
 @dataclass
@@ -123,7 +125,10 @@ def fit(
             optim.step()
         optim.zero_grad()
         scaler.update(finite)
-        real = torch.tensor(float(sum(p.tokens.numel() if p.seq.seg is None else int((p.seq.seg != 0).sum()) for p in micro)), device=device)
+        real = torch.tensor(
+            float(sum(p.tokens.numel() if p.seq.seg is None else int((p.seq.seg != 0).sum()) for p in micro)),
+            device=device,
+        )
         state.step += 1
         state.tokens += int(world.sum(real))
         state.scale, state.clean = scaler.scale, scaler.clean

@@ -37,7 +37,9 @@ def find_first_bad(model: nn.Module, objective: Objective, micro: Sequence[Batch
             return f"{rows}: every module's output is finite, the loss is {float(loss.total.detach())}"
         bad_grads = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
         if bad_grads:
-            return f"{rows}: the loss is finite, the gradient of {bad_grads[-1]} is not; lower the learning rate or clip"
+            return (
+                f"{rows}: the loss is finite, the gradient of {bad_grads[-1]} is not; lower the learning rate or clip"
+            )
     return f"step {step}: gradients overflowed when summed over {len(micro)} micro-batches; lower the learning rate"
 
 

@@ -33,7 +33,14 @@ class Save:
     """A checkpoint every ``every_s`` seconds and after the last step; the newest ``keep`` and the best one stay."""
 
     def __init__(self, run: Path, every_s: float, keep: int, steps: int, validate: Validate, **what):
-        self.run, self.every_s, self.keep, self.steps, self.validate, self.what = run, every_s, keep, steps, validate, what
+        self.run, self.every_s, self.keep, self.steps, self.validate, self.what = (
+            run,
+            every_s,
+            keep,
+            steps,
+            validate,
+            what,
+        )
         self.saved_at = time.monotonic()
 
     def __call__(self, state: FitState) -> None:

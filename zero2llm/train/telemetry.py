@@ -45,7 +45,9 @@ class Telemetry:
     On resume, lines beyond ``start_step`` are cut off: they will be written again.
     """
 
-    def __init__(self, run: Path, name: str, steps: int, *, start_step: int = 0, tensorboard: bool = False, quiet: bool = False):
+    def __init__(
+        self, run: Path, name: str, steps: int, *, start_step: int = 0, tensorboard: bool = False, quiet: bool = False
+    ):
         self.path, self.name, self.steps = run / "metrics.jsonl", name, steps
         _cut(self.path, start_step)
         self.file = open(self.path, "a", encoding="utf-8")

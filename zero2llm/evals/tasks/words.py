@@ -20,10 +20,14 @@ NAMES = _pairs("""
     Julia 郑生 Lucy 韩生
 """)
 
-THINGS = _pairs("""
-    book 书 knife 刀 sword 剑 horse 马 dog 犬 bird 鸟 fish 鱼 flower 花 stone 石 money 钱 wine 酒 tea 茶
-    harp 琴 bow 弓 coat 衣 lamp 灯 flag 旗 pen 笔 sheep 羊 hat 帽
+ANIMALS = _pairs("horse 马 dog 犬 bird 鸟 fish 鱼 sheep 羊 cow 牛 cat 猫 wolf 狼 pig 猪 deer 鹿")
+
+OBJECTS = _pairs("""
+    book 书 knife 刀 sword 剑 flower 花 stone 石 money 钱 wine 酒 tea 茶 harp 琴 bow 弓 coat 衣 lamp 灯 flag 旗
+    pen 笔 hat 帽
 """)
+
+THINGS = ANIMALS + OBJECTS
 
 PLACES = _pairs("""
     garden 园 house 家 city 城 church 寺 ship 船 village 村 street 街 market 市 field 田 tower 塔 hall 堂
@@ -31,6 +35,8 @@ PLACES = _pairs("""
 """)
 
 COLOURS = _pairs("red 红 blue 蓝 green 绿 white 白 black 黑 yellow 黄 grey 灰 purple 紫")
+
+QUALITIES = _pairs("big 大 small 小 old 老 new 新 good 好 bad 坏")
 
 
 def word(words: Words, index: int, lang: str) -> str:

@@ -38,4 +38,6 @@ class CLM:
             if name.endswith("_loss"):
                 total = total + value * count
         metrics = {"loss": (nats.detach(), count)}
-        return Loss(total, count, metrics | {name: (value.detach(), torch.ones_like(count)) for name, value in aux.items()})
+        return Loss(
+            total, count, metrics | {name: (value.detach(), torch.ones_like(count)) for name, value in aux.items()}
+        )

@@ -46,7 +46,9 @@ def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
     return token_logps(hidden, model.head_weight, batch.labels).sum(-1)
 
 
-def preference_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, cfg: DPOConfig) -> Tensor:
+def preference_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, cfg: DPOConfig
+) -> Tensor:
     """(P,) the loss of each pair from four (P,) summed log-probabilities."""
     d = cfg.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     eps = cfg.label_smoothing
