@@ -1,9 +1,9 @@
 """Fair turns for competitors on one machine: each in a process of its own, measured round-robin, medians reported.
 
 Absolute times drift by 10 % from hour to hour and by far more on a shared machine. What stays comparable are ratios
-between candidates that took turns within the same minutes, so this is all that the scripts here claim. Each turn
-also records the CPU seconds used (waiting for a core costs none) and the share of the machine's CPU that other
-processes took meanwhile; medians are over the quieter half or more of the turns.
+between candidates that took turns within the same minutes, so this is all that the scripts here claim: a ratio is taken
+within each round, and the median over the rounds is reported. Each turn also records the CPU seconds used (waiting
+for a core costs none, so this ratio survives a busy machine) and the share of the CPU that other processes took.
 
 A script calls `compare` in the foreground process and `serve` in the processes that it starts, which are the same
 script with ``--worker NAME``. They talk in lines of JSON over stdin and stdout.
@@ -48,13 +48,9 @@ class Result:
     note: dict = field(default_factory=dict)  # whatever the worker said when it was ready
     failed: str = ""
 
-    def quiet(self) -> list[Turn]:
-        """The quieter 60 % of the turns (all of them where nothing else ran)."""
-        return sorted(self.turns, key=lambda t: round(t.others, 2))[: max(1, round(len(self.turns) * 0.6))]
-
     @property
     def seconds(self) -> float:
-        return statistics.median(t.seconds for t in self.quiet())
+        return statistics.median(t.seconds for t in self.turns)
 
     @property
     def cpu(self) -> float:
@@ -62,13 +58,12 @@ class Result:
 
     @property
     def others(self) -> float:
-        return statistics.median(t.others for t in self.quiet())
+        return statistics.median(t.others for t in self.turns)
 
-    @property
-    def spread(self) -> float:
-        """Half the distance between the outer quiet turns, relative to the median."""
-        values = [t.seconds for t in self.quiet()]
-        return (max(values) - min(values)) / 2 / self.seconds
+    def faster(self, base: Result, what: str = "seconds") -> tuple[float, float, float]:
+        """How many times less than ``base`` this needs: (median, least, most) over the rounds."""
+        ratios = [getattr(b, what) / getattr(t, what) for b, t in zip(base.turns, self.turns, strict=False)]
+        return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -213,16 +208,15 @@ def compare(script: str, names: list[str], options: list[str], rounds: int, thre
 def table(results: dict[str, Result], baseline: str, units: float, unit: str, milli: str) -> str:
     """A Markdown table: ``units`` of work (named ``unit``) in the time that a turn reports (called ``milli``)."""
     base = results[baseline]
-    lines = [f"| candidate | {unit}/s | ms/{milli} | x {baseline} | CPU-s x | peak MB | RSS x | spread | others |", "|---|" + "---:|" * 8]
+    lines = [f"| candidate | {unit}/s | ms/{milli} | x {baseline} (range) | CPU-s x | peak MB | RSS x | others |", "|---|" + "---:|" * 7]
     for r in results.values():
-        if r.failed or not r.turns:
-            lines.append(f"| {r.name} | failed: {r.failed} |")
+        if r.failed or not r.turns or not base.turns:
+            lines.append(f"| {r.name} | failed: {r.failed or 'no baseline'} |" + " |" * 6)
             continue
-        ratios = (f"{base.seconds / r.seconds:.2f}", f"{base.cpu / r.cpu:.2f}") if base.turns else ("", "")
-        memory = f"{r.rss_mb / base.rss_mb:.2f}" if base.turns else ""
+        ratio, least, most = r.faster(base)
         lines.append(
-            f"| {r.name} | {units / r.seconds:,.1f} | {r.seconds * 1e3:,.1f} | {ratios[0]} | {ratios[1]} "
-            f"| {r.rss_mb:,.0f} | {memory} | {r.spread:.0%} | {r.others:.0%} |"
+            f"| {r.name} | {units / r.seconds:,.1f} | {r.seconds * 1e3:,.1f} | {ratio:.2f} ({least:.2f}-{most:.2f}) "
+            f"| {r.faster(base, 'cpu')[0]:.2f} | {r.rss_mb:,.0f} | {r.rss_mb / base.rss_mb:.2f} | {r.others:.0%} |"
         )
     return "\n".join(lines)
 

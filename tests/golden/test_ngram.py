@@ -94,7 +94,7 @@ def test_bigram_worked_by_hand():
 
 
 def test_continuation_counts_beat_frequency():
-    """"Francisco" (5) is frequent but follows one word; 6 is rarer and follows many."""
+    """5 is frequent but follows one token (as "Francisco" follows "San"); 6 is rarer and follows many."""
     docs = [np.array([0, 4, 5, 0])] * 20 + [np.array([0, w, 6, 0]) for w in (1, 2, 3, 7)]
     p = KneserNey(2).fit(docs, 10).distribution([9])
     assert p[6] > 2 * p[5]

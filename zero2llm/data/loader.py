@@ -24,6 +24,7 @@ class Rows(Protocol):
     """Where rows come from. ``unit`` rows belong together (2 for preference pairs)."""
 
     unit: int
+    identity: dict  # what a position in the data depends on, beside seed and batch size
 
     def __len__(self) -> int: ...  # units in one epoch
     def batch(self, wanted: list[tuple[int, int]]) -> Batch: ...  # (epoch, unit) each
@@ -34,28 +35,48 @@ def shuffled(n: int, seed: int | None, epoch: int) -> np.ndarray:
     return np.arange(n) if seed is None else np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
 
 
+def identity(shards: TokenShards, seq_len: int | None) -> dict:
+    return {"seq_len": seq_len, "data": shards.manifest["sha256"]["tokens.bin"][:16]}
+
+
+def check_trained(shards: TokenShards) -> None:
+    """Raises ValueError for an item whose mask trains nothing: its row would carry no loss, and a mean over none is NaN.
+
+    The first token of an item does not count: nothing stands before it that could predict it.
+    """
+    if shards.mask is None:
+        raise ValueError(f"{shards.path}: has no loss mask; these are documents, not conversations or pairs")
+    starts = shards.offsets[:-1]
+    trained = np.add.reduceat(shards.mask, starts, dtype=np.int64) - shards.mask[starts]
+    if not trained.all():
+        raise ValueError(f"{shards.path}: item {int(np.argmin(trained != 0))} has no trained token; remove it from the data")
+
+
 class DocumentRows:
-    """Pretraining: documents in shuffled order, end to end, cut into rows; every token is a target once an epoch."""
+    """Pretraining: documents in shuffled order, end to end, cut into rows; every token is a target once an epoch.
+
+    The rows are then shuffled too, so that a long document does not fill a whole batch.
+    """
 
     unit = 1
 
     def __init__(self, shards: TokenShards, seq_len: int, pad_id: int, eos_id: int, seed: int | None):
         self.shards, self.seq_len, self.pad_id, self.eos_id, self.seed = shards, seq_len, pad_id, eos_id, seed
-        self.lengths = np.diff(shards.offsets)
+        self.lengths, self.identity = np.diff(shards.offsets), identity(shards, seq_len)
         self.pieces = lru_cache(maxsize=2)(self._pieces)
 
     def __len__(self) -> int:
         return -(-int(self.shards.offsets[-1]) // self.seq_len)
 
-    def _pieces(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pieces(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         pieces = concat_rows(self.lengths, shuffled(len(self.lengths), self.seed, epoch), self.seq_len)
-        return pieces, np.searchsorted(pieces[:, 0], np.arange(len(self) + 1))
+        return pieces, np.searchsorted(pieces[:, 0], np.arange(len(self) + 1)), shuffled(len(self), self.seed, epoch)
 
     def batch(self, wanted: list[tuple[int, int]]) -> Batch:
         rows = []
         for epoch, row in wanted:
-            pieces, first = self.pieces(epoch)
-            here = pieces[first[row] : first[row + 1]]
+            pieces, first, order = self.pieces(epoch)
+            here = pieces[first[order[row]] : first[order[row] + 1]]
             rows.append(fill_row(here, self.shards.tokens, self.shards.offsets, self.seq_len, self.pad_id, self.eos_id))
         tokens, labels, seg = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         return Batch(tokens, labels, Seq.of_segments(seg))
@@ -68,7 +89,8 @@ class ConversationRows:
 
     def __init__(self, shards: TokenShards, seq_len: int, pad_id: int, seed: int | None):
         self.shards, self.seq_len, self.pad_id, self.seed = shards, seq_len, pad_id, seed
-        self.rows = best_fit(np.diff(shards.offsets), seq_len)
+        check_trained(shards)
+        self.rows, self.identity = best_fit(np.diff(shards.offsets), seq_len), identity(shards, seq_len)
         self.order = lru_cache(maxsize=2)(lambda epoch: shuffled(len(self.rows), self.seed, epoch))
 
     def __len__(self) -> int:
@@ -95,14 +117,18 @@ class PairRows:
     MULTIPLE = 16  # row length is rounded up to this, so that few different shapes occur
 
     def __init__(self, shards: TokenShards, pad_id: int, seed: int | None):
-        self.shards, self.pad_id, self.seed = shards, pad_id, seed
+        check_trained(shards)
+        if len(shards) % 2:
+            raise ValueError(f"{shards.path}: holds {len(shards)} items; pairs come as chosen, rejected, chosen, rejected ...")
+        self.shards, self.pad_id, self.seed, self.identity = shards, pad_id, seed, identity(shards, None)
         self.order = lru_cache(maxsize=2)(lambda epoch: shuffled(len(self), self.seed, epoch))
 
     def __len__(self) -> int:
         return len(self.shards) // 2
 
     def batch(self, wanted: list[tuple[int, int]]) -> Batch:
-        items = [2 * int(self.order(epoch)[pair]) + side for epoch, pair in wanted for side in (0, 1)]
+        pairs = [int(self.order(epoch)[pair]) for epoch, pair in wanted]
+        items = [2 * pair + side for pair in pairs for side in (0, 1)]
         lengths = [int(self.shards.offsets[i + 1] - self.shards.offsets[i]) for i in items]
         width = -(-max(lengths) // self.MULTIPLE) * self.MULTIPLE
         tokens = np.full((len(items), width), self.pad_id, dtype=np.int64)
@@ -111,20 +137,22 @@ class PairRows:
             a = self.shards.offsets[i]
             tokens[row, :n], mask[row, :n] = self.shards.tokens[a : a + n], self.shards.mask[a : a + n]
         seq = Seq.ragged(torch.tensor(lengths), width)
-        return Batch.shifted(torch.from_numpy(tokens), torch.from_numpy(mask), seq, group=2)
+        extra = {"pair": torch.tensor(pairs).repeat_interleave(2)}
+        return Batch.shifted(torch.from_numpy(tokens), torch.from_numpy(mask), seq, group=2, extra=extra)
 
 
 class Loader:
     """Batches of ``rows`` rows per step over all ranks; this rank gets its contiguous part.
 
-    repeat=True goes on for ever (training); False is one pass, whose last batch may be short (validation).
-    Raises ValueError if the data cannot fill one batch, or rows do not divide among ranks.
+    repeat=True goes on for ever (training); False is one pass, whose last batch may be short (validation) and which
+    every rank sees whole. Raises ValueError if the data cannot fill one batch, or rows do not divide among ranks.
     """
 
     def __init__(self, source: Rows, rows: int, *, seed: int, rank: int = 0, world: int = 1, repeat: bool = True):
         self.source, self.rows, self.seed, self.rank, self.world, self.repeat = source, rows, seed, rank, world, repeat
         self.units, self.step = rows // source.unit, 0
-        if rows % (source.unit * world):
+        assert 0 <= rank < world, (rank, world)
+        if rows < 1 or rows % (source.unit * world):
             raise ValueError(
                 f"a batch of {rows} rows does not divide among {world} ranks in groups of {source.unit}; change batch_tokens"
             )
@@ -149,13 +177,13 @@ class Loader:
                 wanted = wanted[self.rank * part : (self.rank + 1) * part]
             yield self.source.batch(wanted)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step, "seed": self.seed, "rows": self.rows, "units": len(self.source)}
+    def state_dict(self) -> dict:
+        own = {"step": self.step, "seed": self.seed, "rows": self.rows, "units": len(self.source)}
+        return own | self.source.identity
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError if the position belongs to other data, another seed or another batch."""
-        mine = self.state_dict()
-        for key in ("seed", "rows", "units"):
-            if state[key] != mine[key]:
-                raise ValueError(f"cannot resume: the data's {key} was {state[key]} and is now {mine[key]}")
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if the position belongs to other data, another seed, row length or batch."""
+        for key, value in self.state_dict().items():
+            if key != "step" and state.get(key) != value:
+                raise ValueError(f"cannot resume: the data's {key} was {state.get(key)} and is now {value}; restore it or start anew")
         self.step = state["step"]

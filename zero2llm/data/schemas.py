@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from zero2llm.data.sources import BadRecords, read_records
+from zero2llm.data.sources import BadRecords, read_records, text_fault
 
 Message = dict[str, str]
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # ShareGPT and relatives
 ROLES = ("system", "user", "assistant")
+
+
+class Conversation(list):
+    """Messages, and where they were read: a fault that shows only later can still name its line."""
+
+    where = ""
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Preference:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    where: str = field(default="", compare=False)
 
 
 def as_messages(value: object) -> list[Message]:
@@ -40,20 +48,24 @@ def _message(i: int, turn: object) -> Message:
         raise ValueError(f"message {i}: {extra[0]!r} is not supported yet; it would be dropped unseen")
     if not isinstance(content, str):
         raise ValueError(f"message {i} ({role}): content is {content!r}, not text")
+    if content.strip() or role == "assistant":  # an empty system turn is common and harmless
+        if fault := text_fault(content):
+            raise ValueError(f"message {i} ({role}): content {fault}")
     return {"role": role, "content": content}
 
 
 def as_conversation(value: object) -> list[Message]:
-    """One record as messages with an assistant turn. Raises ValueError with the keys that it has."""
+    """One record as messages that end with an assistant turn: what follows the last one has nothing to teach.
+
+    Raises ValueError with the keys that the record has.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"an object was expected, this is a {type(value).__name__}")
-    for key in ("messages", "conversations"):
-        if key in value:
-            messages = as_messages(value[key])
-            break
-    else:
-        messages = _single_turn(value)
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
+    key = next((k for k in ("messages", "conversations") if k in value), None)
+    messages = as_messages(value[key]) if key else _single_turn(value)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
         raise ValueError("no assistant message to learn from")
     return messages
 
@@ -61,13 +73,33 @@ def as_conversation(value: object) -> list[Message]:
 def _single_turn(value: dict) -> list[Message]:
     for asked, answer in (("instruction", "output"), ("prompt", "response"), ("prompt", "completion")):
         if asked in value and answer in value:
-            question = "\n".join(str(value[k]) for k in (asked, "input") if value.get(k))
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": str(value[answer])}]
-            return ([{"role": "system", "content": str(value["system"])}] if value.get("system") else []) + turns
-    raise ValueError(
-        "no conversation in it: messages, conversations, instruction+output, prompt+response or prompt+completion "
-        f"are known; it has: {', '.join(map(str, value)) or 'nothing'}"
-    )
+            break
+    else:
+        raise ValueError(
+            "no conversation in it: messages, conversations, instruction+output, prompt+response or prompt+completion "
+            f"are known; it has: {', '.join(map(str, value)) or 'nothing'}"
+        )
+    if value.get("label") is False:
+        raise ValueError("label is false: this completion is an example of what not to say")
+    turns = [("system", value["system"])] if value.get("system") else []
+    for pair in value.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"history holds {pair!r}; [question, answer] was expected")
+        turns += [("user", pair[0]), ("assistant", pair[1])]
+    before = as_messages([{"role": role, "content": content} for role, content in turns]) if turns else []
+    question = value[asked]
+    if isinstance(question, str) and value.get("input"):
+        question = "\n".join(part for part in (question, str(value["input"])) if part)
+    return before + _turns(question, "user", asked) + _turns(value[answer], "assistant", answer)
+
+
+def _turns(value: object, role: str, key: str) -> list[Message]:
+    """A string as one message of ``role``, or a list of messages."""
+    if isinstance(value, list):
+        return as_messages(value)
+    if fault := text_fault(value):
+        raise ValueError(f"field {key!r} {fault}")
+    return [{"role": role, "content": value}]
 
 
 def as_preference(value: object) -> Preference:
@@ -75,40 +107,51 @@ def as_preference(value: object) -> Preference:
     if not isinstance(value, dict) or not {"chosen", "rejected"} <= set(value):
         has = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"chosen and rejected are needed; it has: {has}")
-    asked = value.get("prompt")
-    prompt = [{"role": "user", "content": asked}] if isinstance(asked, str) else as_messages(asked) if asked else []
-    answers = []
-    for key in ("chosen", "rejected"):
-        text = value[key]
-        answers.append([{"role": "assistant", "content": text}] if isinstance(text, str) else as_messages(text))
+    prompt = _turns(value["prompt"], "user", "prompt") if value.get("prompt") else []
+    whole = [_turns(value[key], "assistant", key) for key in ("chosen", "rejected")]
+    chosen, rejected = (turns[len(prompt) :] if _same(turns[: len(prompt)], prompt) else turns for turns in whole)
+    apart = chosen is whole[0] or rejected is whole[1]
     shared = 0
-    while shared < min(map(len, answers)) and answers[0][shared] == answers[1][shared]:
+    while shared < min(len(chosen), len(rejected)) and _same(chosen[shared : shared + 1], rejected[shared : shared + 1]):
         shared += 1
-    inside = answers[0][:shared]
-    prompt = prompt if inside[: len(prompt)] != prompt else []
-    chosen, rejected = (answer[shared:] for answer in answers)
-    if not chosen or not rejected:
+    inside, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if prompt and apart and _same(inside[-len(prompt) :], prompt):  # the lists hold more than it: a system turn, history
+        prompt = []
+    if not chosen and not rejected:
         raise ValueError("chosen and rejected are the same; such a pair teaches nothing")
+    if not chosen or not rejected:
+        raise ValueError("one of chosen and rejected is the other's beginning; there is nothing to compare")
     if not prompt + inside:
         raise ValueError("no prompt: neither a field 'prompt' nor turns that chosen and rejected share")
-    if any(turns[0]["role"] != "assistant" or not turns[0]["content"] for turns in (chosen, rejected)):
-        raise ValueError("chosen and rejected must differ in an assistant message that is not empty")
+    if any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
+        raise ValueError("chosen and rejected must part at an assistant message; here the prompts differ")
     return Preference(prompt + inside, chosen, rejected)
 
 
-def conversations(paths: Sequence[str], bad: BadRecords) -> Iterator[list[Message]]:
-    yield from _parsed(paths, bad, as_conversation)
+def _same(a: list[Message], b: list[Message]) -> bool:
+    strip = lambda turns: [(m["role"], m["content"].strip()) for m in turns]
+    return strip(a) == strip(b)
+
+
+def conversations(paths: Sequence[str], bad: BadRecords) -> Iterator[Conversation]:
+    """One conversation a record. Bad: no conversation in it, or nothing that the assistant says."""
+    for where, messages in _parsed(paths, bad, as_conversation):
+        conversation = Conversation(messages)
+        conversation.where = where
+        yield conversation
 
 
 def preferences(paths: Sequence[str], bad: BadRecords) -> Iterator[Preference]:
-    yield from _parsed(paths, bad, as_preference)
+    """One pair a record. Bad: no prompt, or no difference between the two answers."""
+    for where, pair in _parsed(paths, bad, as_preference):
+        yield replace(pair, where=where)
 
 
-def _parsed(paths, bad, parse):
+def _parsed(paths: Sequence[str], bad: BadRecords, parse: Callable[[object], Any]) -> Iterator[tuple[str, Any]]:
     for record in read_records(paths, bad):
         try:
             value = parse(record.value)
         except ValueError as error:
             bad.add(record.file, record.line, str(error))
-            continue
-        yield value
+        else:
+            yield f"{record.file}, line {record.line}", value

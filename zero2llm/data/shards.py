@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ from zero2llm.core.files import hashes, new_folder, read_json, sha256
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 1
+FIELDS = {"kind", "key", "tokenizer", "dtype", "items", "tokens", "sha256", "sizes"}
 Item = tuple[Sequence[int], Sequence[int] | None]  # ids, and the loss mask or None
 
 
@@ -37,6 +39,12 @@ class TokenShards:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def close(self) -> None:
+        """Let go of the files, which Windows will not replace or delete while they are mapped. Arrays become unusable."""
+        for mapped in (self.tokens, self.mask):
+            if mapped is not None:
+                mapped._mmap.close()
+
     @staticmethod
     def open(path: str | Path, fingerprint: str | None = None, *, verify: bool = False) -> TokenShards:
         """Map a folder. Raises ValueError for damage, another format, or another tokenizer than ``fingerprint``."""
@@ -44,6 +52,8 @@ class TokenShards:
         manifest = read_json(path / "manifest.json")
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path}: token file format {manifest.get('format')!r}, this version reads {FORMAT}")
+        if lacking := FIELDS - set(manifest):
+            raise ValueError(f"{path / 'manifest.json'}: lacks {', '.join(sorted(lacking))}; delete the folder to make it again")
         if fingerprint is not None and manifest["tokenizer"] != fingerprint:
             raise ValueError(f"{path}: was made with another tokenizer; delete the folder to make it again")
         for name, size in manifest["sizes"].items():
@@ -62,38 +72,51 @@ def build_shards(items: Iterable[Item], out: Path, *, tokenizer: Tokenizer, key:
     """Write items to ``out`` unless a folder made from the same ``key`` stands there already.
 
     ``key`` says what the items are made from (files, options); it need not be readable. Raises ValueError if there
-    are none, or the disk is full.
+    are none, one is malformed, the disk is full, or ``out`` holds anything but token files.
     """
-    if (out / "manifest.json").is_file():
-        old = TokenShards.open(out)
-        if (old.manifest["key"], old.manifest["tokenizer"]) == (key, tokenizer.fingerprint()):
-            return old
-    dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
-    offsets, masked = [0], False
+    out = Path(out)
+    if (out / "manifest.json").is_file() and (out / "tokens.bin").is_file():
+        old = read_json(out / "manifest.json")
+        if (old.get("key"), old.get("tokenizer")) == (key, tokenizer.fingerprint()):
+            return TokenShards.open(out)
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: holds other files than token files; choose another folder")
+    about = {"format": FORMAT, "kind": kind, "key": key, "tokenizer": tokenizer.fingerprint()}
     with new_folder(out, overwrite=True) as part:
-        with open(part / "tokens.bin", "wb") as tokens, open(part / "mask.bin", "wb") as masks:
-            for ids, mask in items:
-                tokens.write(np.asarray(ids, dtype=dtype).tobytes())
-                if mask is not None:
-                    masked = True
-                    masks.write(np.asarray(mask, dtype=np.uint8).tobytes())
-                offsets.append(offsets[-1] + len(ids))
-        if len(offsets) == 1:
-            raise ValueError("the data holds no usable record")
-        if not masked:
-            (part / "mask.bin").unlink()
-        np.asarray(offsets, dtype=np.int64).tofile(part / "offsets.bin")
-        manifest = {
-            "format": FORMAT,
-            "kind": kind,
-            "key": key,
-            "tokenizer": tokenizer.fingerprint(),
-            "dtype": np.dtype(dtype).name,
-        }
-        manifest |= {"items": len(offsets) - 1, "tokens": offsets[-1], "sha256": hashes(part)}
-        manifest["sizes"] = {p.name: p.stat().st_size for p in part.iterdir()}
+        counts = _write_items(items, part, tokenizer)
+        manifest = about | counts | {"sha256": hashes(part), "sizes": {p.name: p.stat().st_size for p in part.iterdir()}}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return TokenShards.open(out)
+
+
+def _write_items(items: Iterable[Item], folder: Path, tokenizer: Tokenizer) -> dict:
+    """The three binary files; what the manifest says of them."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
+    byte_lengths, n_bytes = np.asarray(tokenizer.byte_lengths(), dtype=np.int64), 0
+    offsets, n_masked = array("q", [0]), 0
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as masks:
+        for number, (ids, mask) in enumerate(items):
+            row = np.asarray(ids, dtype=np.int64)
+            if not len(row) or row.min() < 0 or row.max() >= tokenizer.vocab_size:
+                fault = f"id {row.max()} or {row.min()} is outside a vocabulary of {tokenizer.vocab_size}" if len(row) else "it has no token"
+                raise ValueError(f"item {number} cannot be stored: {fault}")
+            tokens.write(row.astype(dtype).tobytes())
+            n_bytes += int(byte_lengths[row].sum())
+            if mask is not None:
+                if len(mask) != len(row):
+                    raise ValueError(f"item {number} cannot be stored: {len(row)} tokens, a mask of {len(mask)}")
+                n_masked += 1
+                masks.write(np.asarray(mask, dtype=np.uint8).tobytes())
+            offsets.append(offsets[-1] + len(row))
+    n = len(offsets) - 1
+    if not n:
+        raise ValueError("the data holds no usable record")
+    if n_masked not in (0, n):  # the files would no longer stand side by side
+        raise ValueError(f"{n_masked} of {n} items have a loss mask; give it to all or to none")
+    if not n_masked:
+        (folder / "mask.bin").unlink()
+    np.asarray(offsets, dtype=np.int64).tofile(folder / "offsets.bin")
+    return {"dtype": np.dtype(dtype).name, "items": n, "tokens": offsets[-1], "text_bytes": n_bytes}
 
 
 def document_items(texts: Iterable[str], tokenizer: Tokenizer, batch: int = 512) -> Iterable[Item]:

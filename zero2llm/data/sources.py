@@ -7,11 +7,14 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from zero2llm.data.json_stream import elements
 
 EMBEDDED = ("en_austen", "en_moby_dick", "zh_classical_prose", "zh_poetry_small", "zh_songci")
 SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
@@ -20,7 +23,7 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 @dataclass(frozen=True)
 class Record:
-    """One object of a file. ``line`` counts from 1 (txt: 1; array and parquet: the element's number)."""
+    """One object of a file. ``line`` counts from 1 (txt: 1; parquet: the row's number)."""
 
     value: Any
     file: str
@@ -35,14 +38,13 @@ class BadRecords:
     found: list[str] = field(default_factory=list)
 
     def add(self, file: str, line: int, reason: str) -> None:
-        text = (
-            f"{file}, record {line}: {reason}"
-            if file in ("conversations", "pairs")
-            else f"{file}, line {line}: {reason}"
-        )
+        self.reject(f"{file}, line {line}", reason)
+
+    def reject(self, where: str, reason: str) -> None:
+        """The same for a place that is already a sentence's beginning."""
         if not self.skip:
-            raise ValueError(f"{text}; correct it, or pass --skip-bad-records to leave such records out")
-        self.found.append(text)
+            raise ValueError(f"{where}: {reason}; correct it, or pass --skip-bad-records to leave such records out")
+        self.found.append(f"{where}: {reason}")
 
 
 def expand(paths: Sequence[str]) -> list[Path]:
@@ -61,7 +63,7 @@ def expand(paths: Sequence[str]) -> list[Path]:
             files += found
         elif Path(path).is_file():
             files.append(Path(path))
-        elif found := sorted(map(Path, glob.glob(path, recursive=True))):
+        elif found := sorted(p for p in map(Path, glob.glob(path, recursive=True)) if p.is_file()):
             files += found
         else:
             raise ValueError(f"{path}: no such file")
@@ -82,12 +84,15 @@ def _kind(path: Path) -> str:
 def read_records(paths: Sequence[str], bad: BadRecords) -> Iterator[Record]:
     """All records in file order. Raises ValueError for a file that is empty, unreadable or of an unknown kind."""
     for path in expand(paths):
-        count = 0
-        for record in _read(path, bad):
-            count += 1
-            yield record
-        if not count and not bad.found:
-            raise ValueError(f"{path}: the file is empty")
+        count, already = 0, len(bad.found)
+        try:
+            for record in _read(path, bad):
+                count += 1
+                yield record
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # a damaged .xz or .gz, no permission ...
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+        if not count and len(bad.found) == already:
+            raise ValueError(f"{path}: the file is empty; remove it from the list or fill it")
 
 
 def _read(path: Path, bad: BadRecords) -> Iterator[Record]:
@@ -133,20 +138,17 @@ def _json_lines(path: Path, bad: BadRecords) -> Iterator[Record]:
                 yield Record(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")), str(path), number)
             except UnicodeDecodeError:
                 bad.add(str(path), number, "not UTF-8")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 bad.add(str(path), number, f"not JSON ({error})")
 
 
 def _json_array(path: Path) -> Iterator[Record]:
-    try:
-        data = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}); one object per line is .jsonl"
-        ) from None
-    if not isinstance(data, list):
-        raise ValueError(f"{path}: an array of records was expected, this is a {type(data).__name__}")
-    yield from (Record(value, str(path), i) for i, value in enumerate(data, 1))
+    with _binary(path) as file:
+        try:
+            for value, line in elements(file):
+                yield Record(value, str(path), line)
+        except ValueError as error:
+            raise ValueError(f"{path}, {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -176,7 +178,18 @@ def documents(paths: Sequence[str], field: str = "text", bad: BadRecords | None 
             bad.add(record.file, record.line, f"an object was expected, this is a {type(value).__name__}")
         elif field not in value:
             bad.add(record.file, record.line, f"no field {field!r}; it has: {', '.join(map(str, value)) or 'nothing'}")
-        elif not isinstance(value[field], str) or not value[field].strip():
-            bad.add(record.file, record.line, f"field {field!r} holds no text: {str(value[field])[:40]!r}")
+        elif fault := text_fault(value[field]):
+            bad.add(record.file, record.line, f"field {field!r} {fault}")
         else:
             yield value[field]
+
+
+def text_fault(value: Any) -> str:
+    """Why a value cannot be learned from as text; empty if it can."""
+    if not isinstance(value, str) or not value.strip():
+        return f"holds no text: {str(value)[:40]!r}"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair, which no encoding can store
+        return f"holds half a character (\\u{ord(value[error.start]):04x}) at position {error.start}"
+    return ""

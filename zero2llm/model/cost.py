@@ -1,149 +1,213 @@
-"""What a configuration costs, from the numbers alone: parameters, FLOPs, state and activation bytes.
+"""What a model costs, from its configuration alone: parameters, FLOPs, decoding state, memory of training.
 
-FLOPs count a multiply-add as two and matrix products only (what torch's flop counter sees); norms and activations are
-a few per cent on top. Training costs three times the forward pass, four times with recomputation.
+A multiply-add counts as 2 FLOPs; norms, activations and rotations (under 1 % from D = 512 on) are left out. One small
+function per mechanism says what one layer of it costs; a new mechanism adds a function and a line in the tables.
+Sources: 6 N per trained token, 2001.08361 section 2.1; attention over the keys that are really seen, not all T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from zero2llm.layers.ffns.glu import GLUConfig
 from zero2llm.layers.ffns.mlp import MLPConfig
 from zero2llm.layers.mixers.gqa import GQAConfig
 from zero2llm.layers.norms.layer import LayerNormConfig
+from zero2llm.layers.norms.rms import RMSNormConfig
+from zero2llm.layers.positions.learned import LearnedConfig
+from zero2llm.layers.positions.none import NoPositionConfig
+from zero2llm.layers.positions.rope import RoPEConfig
+from zero2llm.layers.positions.sinusoidal import SinusoidalConfig
 from zero2llm.model.spec import LayerSpec, ModelConfig
 
 
-def _shape(mixer: GQAConfig, d: int) -> tuple[int, int, int]:
-    """(query heads, key/value heads, head width)."""
-    return mixer.n_heads, mixer.n_kv_heads or mixer.n_heads, mixer.head_dim or d // mixer.n_heads
+@dataclass(frozen=True)
+class Cost:
+    """One layer of one mechanism. Counts of values, not bytes.
 
-
-def mixer_parameters(mixer: GQAConfig, d: int) -> int:
-    h, g, k = _shape(mixer, d)
-    bias = (h + 2 * g) * k * mixer.qkv_bias + d * mixer.out_bias
-    return mixer_matrices(mixer, d) + bias + 2 * k * mixer.qk_norm
-
-
-def mixer_matrices(mixer: GQAConfig, d: int) -> int:
-    h, g, k = _shape(mixer, d)
-    return d * k * (2 * h + 2 * g)
-
-
-def ffn_matrices(ffn: GLUConfig | MLPConfig, d: int) -> int:
-    return (3 if isinstance(ffn, GLUConfig) else 2) * d * ffn.hidden
-
-
-def ffn_parameters(ffn: GLUConfig | MLPConfig, d: int) -> int:
-    bias = ffn.hidden + d if isinstance(ffn, MLPConfig) and ffn.bias else 0
-    return ffn_matrices(ffn, d) + bias
-
-
-def norm_parameters(norm: Any, d: int) -> int:
-    return 2 * d if isinstance(norm, LayerNormConfig) and norm.bias else d
-
-
-def layer_norms(spec: LayerSpec) -> int:
-    """How many norms a block has."""
-    return {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}[spec.wiring]
-
-
-def parameters(cfg: ModelConfig) -> dict[str, int]:
-    """Parameter counts: total, and by component. A tied head is counted with the embedding, once."""
-    d, specs = cfg.d_model, cfg.specs()
-    parts = {
-        "embedding": cfg.vocab_size * d,
-        "position": cfg.max_len * d if cfg.position is not None and cfg.position.kind == "learned" else 0,
-        "mixers": sum(mixer_parameters(s.mixer, d) for s in specs),
-        "feed-forwards": sum(ffn_parameters(s.ffn, d) for s in specs),
-        "norms": sum(layer_norms(s) * norm_parameters(s.norm, d) for s in specs)
-        + (norm_parameters(cfg.final_norm, d) if cfg.final_norm is not None else 0),
-        "head": 0 if cfg.tie_embeddings else cfg.vocab_size * d,
-    }
-    return {"total": sum(parts.values()), **parts}
-
-
-def flops(cfg: ModelConfig, batch: int, length: int) -> int:
-    """FLOPs of a forward pass with logits over ``batch`` rows of ``length`` tokens, attention computed in full squares."""
-    d, tokens, total = cfg.d_model, batch * length, 0
-    for spec in cfg.specs():
-        h, _, k = _shape(spec.mixer, d)
-        total += 2 * tokens * (mixer_matrices(spec.mixer, d) + ffn_matrices(spec.ffn, d))
-        total += 4 * tokens * length * h * k
-    return total + 2 * tokens * cfg.vocab_size * d
-
-
-def flops_per_token(cfg: ModelConfig, length: int) -> float:
-    """Useful FLOPs of the forward pass per token in a text of ``length``: a token sees half of it on average, or its window."""
-    d, total = cfg.d_model, 2.0 * cfg.vocab_size * cfg.d_model
-    for spec in cfg.specs():
-        h, _, k = _shape(spec.mixer, d)
-        total += 2 * (mixer_matrices(spec.mixer, d) + ffn_matrices(spec.ffn, d))
-        total += 4 * h * k * average_seen(length, spec.mixer.window)
-    return total
-
-
-def average_seen(length: int, window: int | None) -> float:
-    """Keys that a query sees on average, itself included: causal order, at most ``window``."""
-    w = min(window or length, length)
-    return (w * (w + 1) / 2 + (length - w) * w) / length
-
-
-def state_bytes(cfg: ModelConfig, tokens: int, value_bytes: int = 4) -> int:
-    """Bytes that decoding keeps for one row of ``tokens``."""
-    total = 0
-    for spec in cfg.specs():
-        _, g, k = _shape(spec.mixer, cfg.d_model)
-        total += 2 * g * k * min(tokens, spec.mixer.window or tokens) * value_bytes
-    return total
-
-
-def activation_bytes(cfg: ModelConfig, tokens: int, value_bytes: int = 4) -> int:
-    """Bytes that autograd keeps for ``tokens`` of a training pass without recomputation (fused attention, chunked loss).
-
-    Per layer and token: the inputs of norms and projections, rotated and unrotated queries and keys, the attention's
-    output, and for a feed-forward what its activation needs. Labels, masks and the loss's chunk are left out.
+    params : parameters.  flops : per token, whatever the context.  flops_per_key : per token and token that it sees.
+    window : tokens seen and stored at most, None = all.  state : values kept per stored token while decoding.
+    fixed_state : values kept per row whatever its length.  saved : values per token that autograd keeps for backward.
     """
-    d, values = cfg.d_model, 0
-    for spec in cfg.specs():
-        h, g, k = _shape(spec.mixer, d)
-        values += 2 * layer_norms(spec) * d  # each norm keeps its input; the projections keep its output
-        values += (h + 2 * g) * k + h * k  # attention keeps q, k, v and its output, which o_proj shares
-        values += 2 * (h + g) * k * spec.mixer.qk_norm // 1 if spec.mixer.qk_norm else 0
-        values += 4 * spec.ffn.hidden if isinstance(spec.ffn, GLUConfig) else 2 * spec.ffn.hidden
-    return (values + 2 * d) * tokens * value_bytes
+
+    params: int
+    flops: int = 0
+    flops_per_key: int = 0
+    window: int | None = None
+    state: int = 0
+    fixed_state: int = 0
+    saved: int = 0
 
 
-def summary(cfg: ModelConfig, length: int = 256) -> dict[str, Any]:
-    """Numbers and a table with a meaning for each, for reports."""
-    count = parameters(cfg)
-    rows = [
-        ("parameters", count["total"], "", "all trainable numbers"),
-        (
-            "  of which embedding",
-            count["embedding"] + count["position"],
-            "",
-            "one row per vocabulary entry (and per learned position)",
-        ),
-        (
-            "  of which blocks",
-            count["mixers"] + count["feed-forwards"] + count["norms"],
-            "",
-            "attention, feed-forward and norms",
-        ),
-        ("weights in fp32", 4 * count["total"], "bytes", "size of the checkpoint's model file"),
-        ("forward", flops_per_token(cfg, length), "FLOPs/token", f"at {length} tokens of context"),
-        ("training", 3 * flops_per_token(cfg, length), "FLOPs/token", "forward and backward"),
-        ("decoding state", state_bytes(cfg, 1), "bytes/token", "keys and values remembered per token of context"),
-        (
-            "activations",
-            activation_bytes(cfg, length),
-            "bytes/row",
-            f"kept for the backward pass of one row of {length} tokens",
-        ),
-    ]
-    return {
-        "parameters": count,
-        "table": [dict(zip(("name", "value", "unit", "meaning"), row, strict=True)) for row in rows],
+def gqa(cfg: GQAConfig, d: int) -> Cost:
+    """Saved: the input, q k v before the QK-norm (twice, with a scale each), cos and sin, q k v, output, logsumexp."""
+    h, g, k = cfg.n_heads, cfg.n_kv_heads or cfg.n_heads, cfg.head_dim or d // cfg.n_heads
+    weights = d * k * (2 * h + 2 * g)
+    biases = cfg.qkv_bias * k * (h + 2 * g) + cfg.out_bias * d
+    normed = 2 * (h + g) * k + h + g if cfg.qk_norm else 0
+    saved = d + normed + _of(ROTARY, cfg.position)(k) + 2 * h * k + 2 * g * k + h
+    return Cost(weights + biases + cfg.qk_norm * 2 * k, 2 * weights, 4 * h * k, cfg.window, 2 * g * k, saved=saved)
+
+
+def glu(cfg: GLUConfig, d: int) -> Cost:
+    """Saved: the input, gate, act(gate), up and their product."""
+    return Cost(3 * d * cfg.hidden, 6 * d * cfg.hidden, saved=d + 4 * cfg.hidden)
+
+
+def mlp(cfg: MLPConfig, d: int) -> Cost:
+    """Saved: the input, up and act(up); relu keeps its result alone."""
+    weights = 2 * d * cfg.hidden
+    hidden = cfg.hidden if cfg.act == "relu" else 2 * cfg.hidden
+    return Cost(weights + cfg.bias * (cfg.hidden + d), 2 * weights, saved=d + hidden)
+
+
+def rms_norm(cfg: RMSNormConfig, d: int) -> Cost:
+    """Saved: the input, its root mean square and their quotient."""
+    return Cost(d, saved=2 * d + 1)
+
+
+def layer_norm(cfg: LayerNormConfig, d: int) -> Cost:
+    """Saved: the input, mean and deviation."""
+    return Cost(d + cfg.bias * d, saved=d + 2)
+
+
+MIXERS: dict[type, Callable[[Any, int], Cost]] = {GQAConfig: gqa}
+FFNS: dict[type, Callable[[Any, int], Cost]] = {GLUConfig: glu, MLPConfig: mlp}
+NORMS: dict[type, Callable[[Any, int], Cost]] = {RMSNormConfig: rms_norm, LayerNormConfig: layer_norm}
+ROTARY: dict[type, Callable[[int], int]] = {NoPositionConfig: lambda k: 0, RoPEConfig: lambda k: k}  # cos and sin
+ADDED: dict[type, Callable[[ModelConfig], int]] = {
+    type(None): lambda cfg: 0,
+    LearnedConfig: lambda cfg: cfg.max_len * cfg.d_model,
+    SinusoidalConfig: lambda cfg: 0,
+}
+N_NORMS = {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}
+
+
+def _of(table: dict[type, Callable], cfg: Any) -> Callable:
+    if type(cfg) not in table:
+        raise ValueError(f"no cost is known for {type(cfg).__name__}; add it to model/cost.py")
+    return table[type(cfg)]
+
+
+def layer_costs(spec: LayerSpec, d: int) -> tuple[Cost, Cost, Cost, int]:
+    """(mixer, feed-forward, one norm, how many norms) of a block."""
+    mixer, ffn = _of(MIXERS, spec.mixer)(spec.mixer, d), _of(FFNS, spec.ffn)(spec.ffn, d)
+    return mixer, ffn, _of(NORMS, spec.norm)(spec.norm, d), N_NORMS[spec.wiring]
+
+
+def parameters(cfg: ModelConfig) -> dict:
+    """total, embedding (tokens, learned positions, untied head), non_embedding, by_component. A tied head counts once."""
+    d, vocab = cfg.d_model, cfg.vocab_size * cfg.d_model
+    layers = [layer_costs(spec, d) for spec in cfg.specs()]
+    parts = {
+        "embed": vocab,
+        "position": _of(ADDED, cfg.position)(cfg),
+        "mixer": sum(mixer.params for mixer, _, _, _ in layers),
+        "ffn": sum(ffn.params for _, ffn, _, _ in layers),
+        "norm": sum(norm.params * n for _, _, norm, n in layers),
+        "head": 0 if cfg.tie_embeddings else vocab,
     }
+    if cfg.final_norm is not None:
+        parts["norm"] += _of(NORMS, cfg.final_norm)(cfg.final_norm, d).params
+    total, embedding = sum(parts.values()), parts["embed"] + parts["position"] + parts["head"]
+    return {"total": total, "embedding": embedding, "non_embedding": total - embedding, "by_component": parts}
+
+
+def keys_seen(length: int, window: int | None) -> int:
+    """Query-key pairs of one causal row: the sum of min(i, window) for i = 1 .. length."""
+    w = length if window is None else min(window, length)
+    return w * (w + 1) // 2 + (length - w) * w
+
+
+def row_flops(cfg: ModelConfig, length: int, *, causal: bool = True) -> int:
+    """FLOPs of one forward pass over a row of ``length`` tokens with logits at each. causal=False counts all
+    length^2 pairs, as a profiler does that does not look into the mask."""
+    return _block_flops(cfg, length, causal) + 2 * cfg.vocab_size * cfg.d_model * length
+
+
+def _block_flops(cfg: ModelConfig, length: int, causal: bool = True) -> int:
+    total = 0
+    for mixer, ffn, _, _ in (layer_costs(spec, cfg.d_model) for spec in cfg.specs()):
+        pairs = keys_seen(length, mixer.window) if causal else length * length
+        total += (mixer.flops + ffn.flops) * length + mixer.flops_per_key * pairs
+    return total
+
+
+def flops_per_token(cfg: ModelConfig, context: int) -> float:
+    """Forward FLOPs, averaged over a causal row of ``context`` tokens."""
+    return row_flops(cfg, context) / context
+
+
+def train_flops_per_token(cfg: ModelConfig, context: int, *, recompute: bool = False) -> float:
+    """Forward and backward (3 forwards); with recompute, the blocks once more."""
+    again = _block_flops(cfg, context) if recompute else 0
+    return (3 * row_flops(cfg, context) + again) / context
+
+
+def decode_flops(cfg: ModelConfig, position: int) -> int:
+    """FLOPs of one new token that has ``position`` tokens before it."""
+    total = 2 * cfg.vocab_size * cfg.d_model
+    for mixer, ffn, _, _ in (layer_costs(spec, cfg.d_model) for spec in cfg.specs()):
+        seen = position + 1 if mixer.window is None else min(position + 1, mixer.window)
+        total += mixer.flops + ffn.flops + mixer.flops_per_key * seen
+    return total
+
+
+def state_bytes_per_token(cfg: ModelConfig, bytes_per_value: int = 2) -> list[tuple[int, int | None]]:
+    """For each layer: bytes that a stored token takes, and how many tokens are stored at most (None = all)."""
+    mixers = [layer_costs(spec, cfg.d_model)[0] for spec in cfg.specs()]
+    return [(m.state * bytes_per_value, m.window) for m in mixers]
+
+
+def state_bytes(cfg: ModelConfig, tokens: int, bytes_per_value: int = 2) -> int:
+    """Decoding state of one row that may grow to ``tokens`` tokens."""
+    fixed = sum(layer_costs(spec, cfg.d_model)[0].fixed_state for spec in cfg.specs()) * bytes_per_value
+    return fixed + sum(
+        b * (tokens if w is None else min(w, tokens)) for b, w in state_bytes_per_token(cfg, bytes_per_value)
+    )
+
+
+def activation_bytes(
+    cfg: ModelConfig, batch: int, length: int, bytes_per_value: int = 4, *, recompute: bool = False
+) -> int:
+    """Estimate of what autograd keeps between forward and backward, at one number format.
+
+    Counted: every tensor that eager torch saves inside the blocks and the final norm, the hidden states that the loss
+    reads, int64 token ids. Not counted: logits (ops/xent never holds them all), weights, attention masks (batch *
+    length^2 bytes a layer for packed rows, length^2 with a window), gradients. With recompute: a block's input each,
+    plus the inside of the largest.
+    """
+    d = cfg.d_model
+    inside = [
+        m.saved + f.saved + n.saved * count - _shared(spec, d)
+        for spec in cfg.specs()
+        for m, f, n, count in [layer_costs(spec, d)]
+    ]
+    blocks = len(inside) * d + max(inside) if recompute else sum(inside)
+    final = d + (_of(NORMS, cfg.final_norm)(cfg.final_norm, d).saved if cfg.final_norm else 0)
+    return batch * length * ((blocks + final) * bytes_per_value + 8)
+
+
+def _shared(spec: LayerSpec, d: int) -> int:
+    """Values counted twice: in a parallel block both branches keep the same normalised input."""
+    return d if spec.wiring == "parallel" else 0
+
+
+def optimizer_bytes(cfg: ModelConfig, values_per_parameter: int = 2, bytes_per_value: int = 4) -> int:
+    """Optimizer state: 2 values per parameter for AdamW, 1 for Muon or momentum."""
+    return parameters(cfg)["total"] * values_per_parameter * bytes_per_value
+
+
+def summary(cfg: ModelConfig) -> dict:
+    """The numbers that a report shows, at a context of max_len. Bytes for fp32 training, a bf16 decoding state."""
+    count = parameters(cfg)
+    return {
+        "layers": len(cfg.specs()), "parameters": count["total"], "embedding_parameters": count["embedding"],
+        "non_embedding_parameters": count["non_embedding"], "by_component": count["by_component"],
+        "context": cfg.max_len, "forward_flops_per_token": flops_per_token(cfg, cfg.max_len),
+        "train_flops_per_token": train_flops_per_token(cfg, cfg.max_len),
+        "weight_bytes": 4 * count["total"], "gradient_bytes": 4 * count["total"], "optimizer_bytes": optimizer_bytes(cfg),
+        "activation_bytes_per_row": activation_bytes(cfg, 1, cfg.max_len), "state_bytes_per_row": state_bytes(cfg, cfg.max_len),
+    }  # fmt: skip

@@ -39,7 +39,7 @@ def sort(rng: Random, lang: str) -> Draft:
 
 SUMS = {
     "en": ("What is {}?", "How much is {}?", "{} = ?"),
-    "zh": ("{}等于几？", "请算：{}", "{} = ?"),
+    "zh": ("{}等于几？", "请算：{}", "{} = 几？"),
 }
 
 

@@ -24,7 +24,7 @@ class Pair:
 
 
 def sft_conversations(
-    n: int, seed: int, families: Sequence[str] = EASY, manner_share: float = 0.3, two_turn_share: float = 0.15
+    n: int, seed: int, families: Sequence[str] = EASY, manner_share: float = 0.2, two_turn_share: float = 0.15
 ) -> list[list[Message]]:
     """``n`` training conversations; ``two_turn_share`` of them ask two questions.
 
