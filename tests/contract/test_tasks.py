@@ -1,5 +1,6 @@
 """Generated tasks: the splits share no content, and every answer is found again by reading the prompt."""
 
+import json
 import math
 import re
 import subprocess
@@ -157,6 +158,9 @@ def test_key_ignores_order_and_wording():
         for item in generate([family], 400, 1, "train"):
             digits = sorted(map(int, re.findall(r"\d+", item.prompt)))
             assert item.key == str(digits).replace(" ", "")
+    for item in generate(["recall_hard"], 400, 1, "train"):
+        facts = json.loads(item.key)[1]
+        assert facts == sorted(facts)
     for item in generate(["arithmetic"], 400, 1, "train"):
         assert sorted(map(int, re.findall(r"\d+", item.prompt))) == [int(x) for x in re.findall(r"\d+", item.key)]
 

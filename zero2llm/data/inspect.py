@@ -58,7 +58,9 @@ def inspect_terminal(batch: Batch, tokenizer: Tokenizer, rows: int) -> None:
             if cell.elsewhere:
                 line.append(f"[{tokenizer.show(cell.label)}]", style="green")
             if cell.label != IGNORE and len(listed) < 12:
-                listed.append(f"pos {cell.pos} (document {cell.seg}): {tokenizer.show(cell.token)!r} -> {tokenizer.show(cell.label)!r}")
+                listed.append(
+                    f"pos {cell.pos} (document {cell.seg}): {tokenizer.show(cell.token)!r} -> {tokenizer.show(cell.label)!r}"
+                )
         out.print(line)
         for text in listed:
             out.print("   " + text, markup=False)
@@ -89,4 +91,6 @@ def _span(cell: Cell, tokenizer: Tokenizer) -> str:
     kind = "p" if cell.seg == 0 else ("t" if cell.trained else "n") + (" s" if cell.pos == 0 else "")
     tail = f'<span class="e">{escape(tokenizer.show(cell.label))}</span>' if cell.elsewhere else ""
     # tabindex: a phone has no pointer to hover with, but a tap gives focus
-    return f'<span class="{kind}" tabindex="0" data-tip="{escape(tip)}">{escape(tokenizer.show(cell.token))}</span>{tail}'
+    return (
+        f'<span class="{kind}" tabindex="0" data-tip="{escape(tip)}">{escape(tokenizer.show(cell.token))}</span>{tail}'
+    )

@@ -49,7 +49,9 @@ def check_trained(shards: TokenShards) -> None:
     starts = shards.offsets[:-1]
     trained = np.add.reduceat(shards.mask, starts, dtype=np.int64) - shards.mask[starts]
     if not trained.all():
-        raise ValueError(f"{shards.path}: item {int(np.argmin(trained != 0))} has no trained token; remove it from the data")
+        raise ValueError(
+            f"{shards.path}: item {int(np.argmin(trained != 0))} has no trained token; remove it from the data"
+        )
 
 
 class DocumentRows:
@@ -119,7 +121,9 @@ class PairRows:
     def __init__(self, shards: TokenShards, pad_id: int, seed: int | None):
         check_trained(shards)
         if len(shards) % 2:
-            raise ValueError(f"{shards.path}: holds {len(shards)} items; pairs come as chosen, rejected, chosen, rejected ...")
+            raise ValueError(
+                f"{shards.path}: holds {len(shards)} items; pairs come as chosen, rejected, chosen, rejected ..."
+            )
         self.shards, self.pad_id, self.seed, self.identity = shards, pad_id, seed, identity(shards, None)
         self.order = lru_cache(maxsize=2)(lambda epoch: shuffled(len(self), self.seed, epoch))
 
@@ -185,5 +189,7 @@ class Loader:
         """Raises ValueError if the position belongs to other data, another seed, row length or batch."""
         for key, value in self.state_dict().items():
             if key != "step" and state.get(key) != value:
-                raise ValueError(f"cannot resume: the data's {key} was {state.get(key)} and is now {value}; restore it or start anew")
+                raise ValueError(
+                    f"cannot resume: the data's {key} was {state.get(key)} and is now {value}; restore it or start anew"
+                )
         self.step = state["step"]

@@ -112,10 +112,14 @@ def as_preference(value: object) -> Preference:
     chosen, rejected = (turns[len(prompt) :] if _same(turns[: len(prompt)], prompt) else turns for turns in whole)
     apart = chosen is whole[0] or rejected is whole[1]
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and _same(chosen[shared : shared + 1], rejected[shared : shared + 1]):
+    while shared < min(len(chosen), len(rejected)) and _same(
+        chosen[shared : shared + 1], rejected[shared : shared + 1]
+    ):
         shared += 1
     inside, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if prompt and apart and _same(inside[-len(prompt) :], prompt):  # the lists hold more than it: a system turn, history
+    if (
+        prompt and apart and _same(inside[-len(prompt) :], prompt)
+    ):  # the lists hold more than it: a system turn, history
         prompt = []
     if not chosen and not rejected:
         raise ValueError("chosen and rejected are the same; such a pair teaches nothing")

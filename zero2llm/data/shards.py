@@ -53,7 +53,9 @@ class TokenShards:
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path}: token file format {manifest.get('format')!r}, this version reads {FORMAT}")
         if lacking := FIELDS - set(manifest):
-            raise ValueError(f"{path / 'manifest.json'}: lacks {', '.join(sorted(lacking))}; delete the folder to make it again")
+            raise ValueError(
+                f"{path / 'manifest.json'}: lacks {', '.join(sorted(lacking))}; delete the folder to make it again"
+            )
         if fingerprint is not None and manifest["tokenizer"] != fingerprint:
             raise ValueError(f"{path}: was made with another tokenizer; delete the folder to make it again")
         for name, size in manifest["sizes"].items():
@@ -84,7 +86,9 @@ def build_shards(items: Iterable[Item], out: Path, *, tokenizer: Tokenizer, key:
     about = {"format": FORMAT, "kind": kind, "key": key, "tokenizer": tokenizer.fingerprint()}
     with new_folder(out, overwrite=True) as part:
         counts = _write_items(items, part, tokenizer)
-        manifest = about | counts | {"sha256": hashes(part), "sizes": {p.name: p.stat().st_size for p in part.iterdir()}}
+        manifest = (
+            about | counts | {"sha256": hashes(part), "sizes": {p.name: p.stat().st_size for p in part.iterdir()}}
+        )
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return TokenShards.open(out)
 
@@ -98,7 +102,11 @@ def _write_items(items: Iterable[Item], folder: Path, tokenizer: Tokenizer) -> d
         for number, (ids, mask) in enumerate(items):
             row = np.asarray(ids, dtype=np.int64)
             if not len(row) or row.min() < 0 or row.max() >= tokenizer.vocab_size:
-                fault = f"id {row.max()} or {row.min()} is outside a vocabulary of {tokenizer.vocab_size}" if len(row) else "it has no token"
+                fault = (
+                    f"id {row.max()} or {row.min()} is outside a vocabulary of {tokenizer.vocab_size}"
+                    if len(row)
+                    else "it has no token"
+                )
                 raise ValueError(f"item {number} cannot be stored: {fault}")
             tokens.write(row.astype(dtype).tobytes())
             n_bytes += int(byte_lengths[row].sum())

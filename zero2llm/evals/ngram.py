@@ -104,7 +104,9 @@ class KneserNey:
         """(N, order): each target with the tokens before it, NONE where the document had not begun."""
         docs = [np.asarray(doc, dtype=np.int64) for doc in token_docs]
         if not docs or not all(len(doc) > 1 for doc in docs):
-            raise ValueError("documents of at least two tokens are needed, [eos] + ids + [eos]: one is shorter, or there are none")
+            raise ValueError(
+                "documents of at least two tokens are needed, [eos] + ids + [eos]: one is shorter, or there are none"
+            )
         gap = np.full(max(self.order - 2, 0), NONE, np.int64)  # the first target sees one token, its eos
         stream = np.concatenate([part for doc in docs for part in (gap, doc)])
         low, high = min(int(doc.min()) for doc in docs), int(stream.max())

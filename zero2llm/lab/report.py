@@ -52,9 +52,13 @@ def build_report(folder: Path, results: dict[str, Any]) -> Path:
         if train := [r for r in records if r["kind"] == "train"]:
             title = STAGES.get(stage["name"], stage["name"])
             runs.append((title, train, [r for r in records if r["kind"] == "valid"]))
-    env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     env.filters |= {"number": number, "duration": duration, "percent": percent, "visible": visible}
-    page = env.get_template("report.html").render(r=results, v=view(results, runs), sections=SECTIONS, head=headline(results))
+    page = env.get_template("report.html").render(
+        r=results, v=view(results, runs), sections=SECTIONS, head=headline(results)
+    )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
 
@@ -114,11 +118,18 @@ def losses(runs: Runs, marks: list[dict]) -> list[dict]:
         if not y:
             continue
         held_out = curve(valid, "valid_bpb" if in_bits else "valid_loss")
-        lines = [Line(*charts.thin(x, y), "blue", faint=True), Line(*charts.thin(x, charts.smooth(y)), "blue", "training, smoothed")]
+        lines = [
+            Line(*charts.thin(x, y), "blue", faint=True),
+            Line(*charts.thin(x, charts.smooth(y)), "blue", "training, smoothed"),
+        ]
         lines += [Line(*held_out, "clay", "held out", dots=True)] if held_out[1] else []
         beat = [Mark(m["bpb"], m["name"]) for m in marks if in_bits and not _own(m)]
         unit = "bits per byte" if in_bits else "nats per pair" if title == STAGES["dpo"] else "nats per target token"
-        note = "Training loss is shown in bits per byte too, with the bytes per token of the held-out text." if in_bits else ""
+        note = (
+            "Training loss is shown in bits per byte too, with the bytes per token of the held-out text."
+            if in_bits
+            else ""
+        )
         label = f"{title}: loss against step, {y[0]:.2f} at the start, {y[-1]:.2f} at the end, {unit}"
         keys = ("loss", "valid_bpb" if in_bits else "valid_loss")
         out.append(figure(charts.curves(lines, beat, unit, label=label), *keys, title=title, note=note))
@@ -137,7 +148,11 @@ def exact(result: dict) -> list[dict]:
     groups = [("All", result)] + [(languages.get(k, k), g) for k, g in (result.get("languages") or {}).items()]
     for title, group in groups:
         families = [f for f in result.get("families") or [] if any(f in (group.get(key) or {}) for key, *_ in TRIALS)]
-        series = [(name, colour, [group[key].get(f) or 0.0 for f in families]) for key, name, colour in TRIALS if group.get(key)]
+        series = [
+            (name, colour, [group[key].get(f) or 0.0 for f in families])
+            for key, name, colour in TRIALS
+            if group.get(key)
+        ]
         if not families or not series:
             continue
         names = [f"{f}\n{n[f]} asked" if group is result and f in n else f for f in families]
@@ -160,7 +175,10 @@ def preference(result: dict, runs: Runs) -> list[dict]:
     for title, train, valid in runs:
         rows = []
         for name, keys in (("margin", ["margin"]), ("log-probability", ["logp_chosen", "logp_rejected"])):
-            lines = [_smoothed(train, key, colour, len(keys) > 1) for key, colour in zip(keys, ("blue", "clay"), strict=False)]
+            lines = [
+                _smoothed(train, key, colour, len(keys) > 1)
+                for key, colour in zip(keys, ("blue", "clay"), strict=False)
+            ]
             if all(line.y for line in lines):
                 rows.append((name, lines))
         if rows:
@@ -173,12 +191,21 @@ def preference(result: dict, runs: Runs) -> list[dict]:
 def inside(runs: Runs) -> list[dict]:
     """Learning rate, gradient norm, throughput and memory of each stage, as small multiples."""
     out = []
-    names = {"lr": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens per second", "memory_mb": "Memory, MiB"}
+    names = {
+        "lr": "Learning rate",
+        "grad_norm": "Gradient norm",
+        "tokens_per_s": "Tokens per second",
+        "memory_mb": "Memory, MiB",
+    }
     for key, name in names.items():
         rows = [(title, [_smoothed(train, key, "blue")]) for title, train, _ in runs]
         rows = [row for row in rows if row[1][0].y]
         if rows:
-            out.append(figure(charts.panels(rows, label=f"{name} against step: {', '.join(t for t, _ in rows)}"), key, title=name))
+            out.append(
+                figure(
+                    charts.panels(rows, label=f"{name} against step: {', '.join(t for t, _ in rows)}"), key, title=name
+                )
+            )
     skipped = sum(r.get("skipped") or 0 for _, train, _ in runs for r in train)
     if skipped:
         out[0]["note"] = f"{skipped:.0f} steps were skipped."
@@ -194,7 +221,9 @@ def attention(result: dict) -> list[dict]:
         for i, whole in _spread(list(enumerate(layer["heads"])), MAX_HEADS):
             weights = [row[: len(tokens)] for row in whole[: len(tokens)]]
             label = f"Attention of layer {layer['layer']}, head {i}, over {len(tokens)} tokens"
-            heads.append({"head": i, "svg": charts.attention_map(weights, tokens, label=label), "habits": habits(weights)})
+            heads.append(
+                {"head": i, "svg": charts.attention_map(weights, tokens, label=label), "habits": habits(weights)}
+            )
         out.append({"layer": layer["layer"], "heads": heads, "of": len(layer["heads"])})
     return out
 
@@ -215,7 +244,10 @@ def times(stages: list[dict]) -> dict[str, Any] | None:
     values, names = [stage.get("seconds") or 0.0 for stage in stages], [stage["name"] for stage in stages]
     text = lambda s: f"{duration(s)}  {percent(s / total)}"
     label = "Time per stage: " + ", ".join(f"{n} {duration(s)}" for n, s in zip(names, values, strict=True))
-    return {"svg": charts.bars(names, [("", "blue", values)], text, 1.25 * max(values) or 1.0, label=label), "stages": stages}
+    return {
+        "svg": charts.bars(names, [("", "blue", values)], text, 1.25 * max(values) or 1.0, label=label),
+        "stages": stages,
+    }
 
 
 def number(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,14 +12,12 @@ from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
 from zero2llm.evals.tasks.generate import EASY, generate
 from zero2llm.lab.attention import attention_maps
+from zero2llm.lab.journal import Journal
 from zero2llm.lab.measure import answers, documents_of, ngram_marks, preference_rate, task_accuracy
 from zero2llm.lab.sets import build_sets
 from zero2llm.lab.talk import load_engine, stream_answer
 from zero2llm.model.cost import summary
 from zero2llm.parallel.plan import World
-
-if TYPE_CHECKING:
-    from zero2llm.lab.lifecycle import Lifecycle
 
 CHAT = ("Who are you?", "Tom has the book. Mary has the lamp. Who has the lamp?", "Can you help me find my coat?",
         "你好。你是谁？", "王生在城里。李生在田里。谁在城里？", "请帮我买这个琴。")  # fmt: skip
@@ -34,14 +32,14 @@ LEARNED, TAUGHT, KEPT, TRAINED = (
 FAMILIES_NEEDED = 3
 
 
-def _rates(engine: Engine, run: Lifecycle) -> dict[str, dict]:
+def _rates(engine: Engine, run: Journal) -> dict[str, dict]:
     return {
         name: {"rate": r.rate, "n": r.total, "interval": r.interval}
         for name, r in task_accuracy(engine, run.items()).items()
     }
 
 
-def _samples(engine: Engine, run: Lifecycle) -> list[str]:
+def _samples(engine: Engine, run: Journal) -> list[str]:
     return answers(engine, [*CHAT, *(item.prompt for item in _shown_items())])
 
 
@@ -50,7 +48,7 @@ def _shown_items():
     return generate(EASY, len(EASY) * 2, 4, "test")[: len(EASY)]
 
 
-def judge_base(run: Lifecycle) -> dict[str, Any]:
+def judge_base(run: Journal) -> dict[str, Any]:
     """The pretrained model: its loss beside n-gram models of the same tokens, and its (untaught) answers."""
     engine, recipe = load_engine(run.out / "pretrain", "cpu", max_batch=64), run.recipe("pretrain")
     sets = build_sets(recipe, engine.tokenizer, run.out / "pretrain", World())
@@ -64,14 +62,14 @@ def judge_base(run: Lifecycle) -> dict[str, Any]:
     return {"marks": marks, "rates": _rates(engine, run), "samples": _samples(engine, run), "continued": continued}
 
 
-def judge_sft(run: Lifecycle) -> dict[str, Any]:
+def judge_sft(run: Journal) -> dict[str, Any]:
     engine = load_engine(run.out / "sft", "cpu", max_batch=64)
     sets = build_sets(run.recipe("dpo"), engine.tokenizer, run.out / "sft", World())
     win = preference_rate(engine.model, sets.valid())
     return {"rates": _rates(engine, run), "samples": _samples(engine, run), "win_rate": win.rate, "pairs": win.total}
 
 
-def judge_dpo(run: Lifecycle) -> dict[str, Any]:
+def judge_dpo(run: Journal) -> dict[str, Any]:
     engine = load_engine(run.out / "dpo", "cpu", max_batch=64)
     sets = build_sets(run.recipe("dpo"), engine.tokenizer, run.out / "dpo", World())
     win = preference_rate(engine.model, sets.valid())
@@ -96,7 +94,7 @@ def judge_dpo(run: Lifecycle) -> dict[str, Any]:
     return found | {"conversation": talk, "attention": maps["en"]}
 
 
-def checks(run: Lifecycle) -> list[dict]:
+def checks(run: Journal) -> list[dict]:
     """Each threshold with its value: what must hold for the quickstart to have worked."""
     base, sft, dpo = (run.records[f"judge-{stage}"]["value"] for stage in ("pretrain", "sft", "dpo"))
     valid = run.records["pretrain"]["value"]
@@ -122,7 +120,7 @@ def checks(run: Lifecycle) -> list[dict]:
     return out
 
 
-def collect(run: Lifecycle) -> dict[str, Any]:
+def collect(run: Journal) -> dict[str, Any]:
     """Everything the report shows."""
     engine = load_engine(run.out / "dpo", "cpu")
     base, sft, dpo = (run.records[f"judge-{stage}"]["value"] for stage in ("pretrain", "sft", "dpo"))
@@ -158,7 +156,7 @@ def collect(run: Lifecycle) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _stage(run: Lifecycle, name: str, record: dict) -> dict:
+def _stage(run: Journal, name: str, record: dict) -> dict:
     stage = {"name": name, "seconds": record["seconds"], "what": record["what"]}
     return stage | ({"run": name} if (run.out / name / "metrics.jsonl").is_file() else {})
 
@@ -181,7 +179,7 @@ def tokenizer_view(engine: Engine) -> dict[str, Any]:
             "longest": {"en": long(lambda w: w.strip().isascii()), "zh": long(lambda w: any(ord(c) > 0x2E80 for c in w))}}  # fmt: skip
 
 
-def commands(run: Lifecycle) -> list[dict[str, str]]:
+def commands(run: Journal) -> list[dict[str, str]]:
     return [
         {"command": f"zero2llm chat {run.out}", "what": "talk to it"},
         {
@@ -199,7 +197,7 @@ def commands(run: Lifecycle) -> list[dict[str, str]]:
     ]
 
 
-def conclude(run: Lifecycle, results: dict) -> bool:
+def conclude(run: Journal, results: dict) -> bool:
     """Print the outcome, a conversation and what to do next. Returns whether every threshold was met."""
     out = console()
     out.print()
