@@ -51,7 +51,7 @@ class LM(nn.Module):
     def forward(self, tokens: Tensor, seq: Seq, states: list[State] | None = None) -> tuple[Tensor, Aux]:
         x = self.embed(tokens)
         if self.position is not None:
-            x = x + self.position(seq)
+            x = x + self.position(seq).to(x.dtype)
         parts = []
         for i, block in enumerate(self.blocks):
             if self.recompute and states is None and torch.is_grad_enabled():
