@@ -327,3 +327,10 @@ def test_inspect_shows_the_end_of_a_document(make):
     row0, row1 = page.split("<h2>row ")[1:]
     assert row0.count('class="e"') == 2 and row0.count('class="e">&lt;|end|&gt;') == 1  # an end, and a cut at the border
     assert row1.count('class="e">&lt;|end|&gt;') == 1
+
+
+def test_inspect_does_not_wrap_around_a_row(make):
+    """One document fills the row and goes on: its last label must not colour the first token."""
+    (batch,) = Loader(DocumentRows(make(numbered([9])), 5, PAD, EOS, None), 2, seed=5, repeat=False)
+    rows = inspect_html(batch, Ids(), 2).split("<h2>row ")[1:]
+    assert [row.count('class="n s"') for row in rows] == [1, 1]

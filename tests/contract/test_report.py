@@ -13,8 +13,8 @@ import torch
 
 from zero2llm.core.seq import Seq
 from zero2llm.lab import charts
-from zero2llm.lab.attention import attention_maps
-from zero2llm.lab.report import SECTIONS, build_report, habits
+from zero2llm.lab.attention import attention_maps, habits
+from zero2llm.lab.report import SECTIONS, build_report
 from zero2llm.layers.mixers.gqa import GQA
 from zero2llm.model.lm import LM
 from zero2llm.model.presets import llama

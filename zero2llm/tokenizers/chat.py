@@ -53,11 +53,11 @@ def _compile(template: str):
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of rendered text. ``trained`` marks characters (start, stop) of an ordinary stretch."""
+    """A stretch of rendered text: a control string or ordinary text, trained or not as a whole."""
 
     text: str
     special: bool
-    trained: tuple[tuple[int, int], ...]
+    trained: bool
 
 
 def check(messages: Sequence[Message]) -> None:
@@ -96,27 +96,17 @@ def render_text(template: str, messages: Sequence[Message], *, add_generation_pr
     return regex.sub(f"[{BEGIN}{END}]", "", _render(template, messages, (), add_generation_prompt))
 
 
-def render_spans(
-    template: str, messages: Sequence[Message], specials: Sequence[str], *, add_generation_prompt: bool = False
-) -> list[Span]:
-    """The conversation cut at the control strings that the template (not a user) wrote, with what is to be trained."""
+def render_spans(template: str, messages: Sequence[Message], specials: Sequence[str], *, add_generation_prompt: bool = False) -> list[Span]:
+    """The conversation cut at the control strings that the template (not a user) wrote and where training begins and ends.
+
+    An answer starts a span of its own, so no token straddles prompt and answer: training sees exactly the prompt's ids
+    that generation will see, even if the answer begins with a blank or a line break.
+    """
     rendered = _render(template, messages, specials, add_generation_prompt)
     spans, inside = [], False
-    for part in regex.split("(" + "|".join(map(regex.escape, specials)) + ")", rendered):
-        if part in specials:
-            spans.append(Span(part, True, ((0, len(part)),) if inside else ()))
-            continue
-        text, trained, begun = "", [], 0
-        for piece in regex.split(f"([{BEGIN}{END}])", part.replace(BREAK, "")):
-            if piece == BEGIN:
-                inside, begun = True, len(text)
-            elif piece == END:
-                inside = False
-                trained.append((begun, len(text)))
-            else:
-                text += piece
-        if inside:
-            trained.append((begun, len(text)))
-        if text:
-            spans.append(Span(text, False, tuple(t for t in trained if t[0] < t[1])))
+    for part in regex.split("(" + "|".join([*map(regex.escape, specials), BEGIN, END]) + ")", rendered):
+        if part in (BEGIN, END):
+            inside = part == BEGIN
+        elif part:
+            spans.append(Span(part.replace(BREAK, ""), part in specials, inside))
     return spans

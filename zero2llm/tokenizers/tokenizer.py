@@ -158,13 +158,9 @@ class Tokenizer:
         ids: list[int] = []
         mask: list[int] = []
         for span in render_spans(self.template, messages, SPECIALS, add_generation_prompt=add_generation_prompt):
-            if span.special:
-                ids.append(self.library.token_to_id(span.text))
-                mask.append(int(bool(span.trained)))
-                continue
-            encoded = self.library.encode(span.text, add_special_tokens=False)
-            ids += encoded.ids
-            mask += [int(any(a < stop and b > start for start, stop in span.trained)) for a, b in encoded.offsets]
+            part = [self.library.token_to_id(span.text)] if span.special else self.encode(span.text)
+            ids += part
+            mask += [int(span.trained)] * len(part)
         return ids, mask
 
     def render_text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
