@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from zero2llm.interop.hf_config import family_of, from_hf_config, to_hf_config
 from zero2llm.interop.hf_names import RULES, pairs
 from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
+from zero2llm.tokenizers.chat import Message
+from zero2llm.tokenizers.tokenizer import Tokenizer
 
 GENERATION_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
@@ -79,16 +81,18 @@ def _check_names(expected, found, what: str) -> None:
         raise ValueError(f"{what}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")
 
 
-def export_hf(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path, out: Path, generation: dict, *,
-              overwrite: bool = False) -> Path:  # fmt: skip
+def export_hf(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path, out: Path, generation: dict | None = None,
+              *, overwrite: bool = False) -> Path:  # fmt: skip
     """Write a self-contained folder, whole or not at all. Returns ``out``.
 
     tokenizer_dir : holds tokenizer.json, tokenizer_config.json and, for chat models, chat_template.jinja.
-    generation : ``eos_token_id`` (one id or several) and optionally GENERATION_KEYS. Weights keep their dtype.
+    generation : any of GENERATION_KEYS; without ``eos_token_id`` (one id or several), our tokenizer says which tokens
+    start, pad and stop. Weights keep their dtype.
     Raises ValueError before anything is written: no counterpart, a non-empty ``out``, a tokenizer that does not fit.
     """
-    tensors, generation = to_hf_tensors(state, cfg), _generation(generation, cfg)
+    tensors = to_hf_tensors(state, cfg)
     _check_tokenizer(Path(tokenizer_dir), cfg)
+    generation = _generation(generation or {}, Path(tokenizer_dir), cfg)
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     ids = {key: generation.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
     config = to_hf_config(cfg, **ids, dtype=dtypes.pop() if len(dtypes) == 1 else "float32")
@@ -106,14 +110,17 @@ def _write(path: Path, data: dict) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _generation(given: dict, cfg: ModelConfig) -> dict:
+def _generation(given: dict, tokenizer_dir: Path, cfg: ModelConfig) -> dict:
     """generation_config.json with eos_token_id as a list; every id must exist in the vocabulary."""
     unknown = sorted(set(given) - GENERATION_KEYS)
     if unknown:
         raise ValueError(f"generation: unknown keys {unknown}; known: {', '.join(sorted(GENERATION_KEYS))}")
-    eos = given.get("eos_token_id")
-    if eos is None or eos == []:
-        raise ValueError("generation: eos_token_id is required, or the exported model never stops")
+    if given.get("eos_token_id") in (None, []):
+        own = Tokenizer.load(tokenizer_dir)
+        given = (
+            {"bos_token_id": own.eos_id, "pad_token_id": own.pad_id} | given | {"eos_token_id": sorted(own.stop_ids)}
+        )
+    eos = given["eos_token_id"]
     out = given | {"eos_token_id": [eos] if isinstance(eos, int) else list(eos)}
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         for token in out[name] if name == "eos_token_id" else [out.get(name)]:
@@ -128,10 +135,9 @@ def _check_tokenizer(folder: Path, cfg: ModelConfig) -> None:
             raise ValueError(
                 f"{folder / name}: no such file; an export needs the tokenizer that the model was trained with"
             )
-    from tokenizers import Tokenizer
-
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
-    if (largest := max(tokens.values())) >= cfg.vocab_size:
+    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = [*tokens["model"]["vocab"].values(), *(added["id"] for added in tokens["added_tokens"])]
+    if (largest := max(ids)) >= cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has id {largest}, the model a vocabulary of {cfg.vocab_size}")
 
 
@@ -143,7 +149,9 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Verification:
-    """logit_diff : max |ours - theirs| over all prompts, logit_std : spread of ours, to judge it by."""
+    """logit_diff : max |ours - theirs| over all prompts and chats.  logit_std : spread of ours, to judge it by.
+    ids_equal, chat_equal : both tokenizers give the same ids for every prompt, the same text and ids for every chat.
+    """
 
     logit_diff: float
     logit_std: float
@@ -151,32 +159,29 @@ class Verification:
     chat_equal: bool
 
 
-def verify_hf(
-    folder: Path, model: LM, encode: Callable[[str], list[int]], prompts: Sequence[str],
-    render: Callable[[list[dict]], str] | None = None, chats: Sequence[list[dict]] = (),
-) -> Verification:  # fmt: skip
-    """Open an exported folder with transformers and compare it with ``model``, computed in fp32 on the CPU.
+def verify_hf(folder: Path, model: LM, tokenizer: Tokenizer, prompts: Sequence[str], chats: Sequence[list[Message]] = ()) -> Verification:  # fmt: skip
+    """Open an exported folder with transformers and compare it with ``model``, in fp32 on the CPU.
 
-    encode : our tokenizer's text -> ids without added tokens.  render : our conversation -> prompt text ending where
-    the assistant speaks; compared on ``chats``.  Raises ValueError if transformers is not installed.
+    Raises ValueError if transformers is not installed.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ValueError("checking an export needs transformers: pip install 'zero2llm[test]'") from error
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [encode(text) for text in prompts]
-    same_ids = all(
-        mine == tokenizer.encode(text, add_special_tokens=False) for mine, text in zip(ids, prompts, strict=True)
+    other = AutoTokenizer.from_pretrained(folder)
+    texts, rendered = [tokenizer.encode(p) for p in prompts], [tokenizer.render(c, True)[0] for c in chats]
+    same_ids = texts == [other.encode(p, add_special_tokens=False) for p in prompts]
+    template = lambda chat: other.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    same_chat = all(
+        tokenizer.render_text(chat, True) == template(chat)
+        and ids == other.encode(template(chat), add_special_tokens=False)
+        for chat, ids in zip(chats, rendered, strict=True)
     )
-    template = lambda chat: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    same_chat = all(render is not None and render(chat) == template(chat) for chat in chats)
-    ours = LM(model.cfg)
-    ours.load_state_dict(model.state_dict())
+    ours = LM.clone(model).cpu().float()
     diff, logits = 0.0, []
     with torch.no_grad():
-        for row in (torch.tensor([i]) for i in ids):
+        for row in (torch.tensor([ids]) for ids in texts + rendered):
             logits.append(ours.logits(ours(row, Seq.rows(*row.shape))[0]))
             diff = max(diff, (logits[-1] - theirs(row, use_cache=False).logits).abs().max().item())
     return Verification(diff, torch.cat(logits, 1).std().item(), same_ids, same_chat)

@@ -1,13 +1,18 @@
-"""Where each head of a trained model looks: its attention probabilities on one text."""
+"""Where each head of a trained model looks: its attention probabilities on one text, as numbers and as pictures."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zero2llm.core.seq import Seq
+from zero2llm.lab import charts
 from zero2llm.layers.mixers.gqa import GQA
 from zero2llm.model.lm import LM
+
+MAX_LAYERS, MAX_HEADS, MAX_TOKENS = 6, 8, 24  # that a page shows: it is no atlas
 
 
 @torch.no_grad()
@@ -35,3 +40,32 @@ def attention_maps(model: LM, tokens: list[int]) -> list[tuple[int, Tensor]]:
         for hook in hooks:
             hook.remove()
     return maps
+
+
+def attention_view(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Some layers and heads of ``{"tokens": [str], "layers": [{"layer", "heads": [T x T]}]}``, drawn, for the report."""
+    tokens, out = (result.get("tokens") or [])[:MAX_TOKENS], []
+    for layer in _spread(result.get("layers") or [], MAX_LAYERS) if tokens else []:
+        heads = []
+        for i, whole in _spread(list(enumerate(layer["heads"])), MAX_HEADS):
+            weights = [row[: len(tokens)] for row in whole[: len(tokens)]]
+            label = f"Attention of layer {layer['layer']}, head {i}, over {len(tokens)} tokens"
+            svg = charts.attention_map(weights, tokens, label=label)
+            heads.append({"head": i, "svg": svg, "habits": habits(weights)})
+        out.append({"layer": layer["layer"], "heads": heads, "of": len(layer["heads"])})
+    return out
+
+
+def habits(weights: list[list[float]]) -> list[tuple[str, float]]:
+    """Mean attention to the token itself, the previous and the first one, over tokens 2 and later (0-based)."""
+    rows = range(2, len(weights))
+    mean = lambda column: sum(weights[i][column(i)] for i in rows) / len(rows)
+    looks = {"itself": lambda i: i, "previous": lambda i: i - 1, "first": lambda i: 0}
+    return [(name, mean(column)) for name, column in looks.items()] if rows else []
+
+
+def _spread(items: list, most: int) -> list:
+    """At most ``most`` items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PAINT = {"ink": "#0a0a01", "soft": "#0a0a02", "grid": "#0a0a03", "grey": "#0a0a04", "blue": "#0a0a05",
          "clay": "#0a0a06", "green": "#0a0a07", "plum": "#0a0a08"}  # fmt: skip
 MAP_RGB = (0.27, 0.49, 0.73)  # of attention maps: a blue that reads on white and on near-black; weight = opacity
-WIDTH = 5.2  # inches: about a phone's width, so that 10 pt stays readable there
+WIDTH = 4.6  # inches: a phone's width in points, so that text keeps its size there
 POINTS = 240  # most points that a line keeps
 
 
@@ -60,19 +60,16 @@ def finite(x: Sequence, y: Sequence) -> tuple[list[float], list[float]]:
 def thin(x: Sequence[float], y: Sequence[float], most: int = POINTS) -> tuple[list[float], list[float]]:
     """At most ``most`` points, each the mean of an equal share of the originals."""
     step = math.ceil(len(x) / most) or 1
-    parts = [slice(i, i + step) for i in range(0, len(x), step)]
-    mean = lambda values: sum(values) / len(values)
-    return [mean(x[p]) for p in parts], [mean(y[p]) for p in parts]
+    mean = lambda values: [
+        sum(part) / len(part) for part in (values[i : i + step] for i in range(0, len(values), step))
+    ]
+    return mean(x), mean(y)
 
 
 def smooth(y: Sequence[float], share: float = 0.04) -> list[float]:
-    """Exponential moving average over about ``share`` of the run, without a bias towards its start."""
-    keep = 1 - 1 / max(1.0, share * len(y))
-    out, total, weight = [], 0.0, 0.0
-    for value in y:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight)
-    return out
+    """Mean over a window of ``share`` of the run on either side, shorter near the ends: no lag behind the curve."""
+    reach = [min(int(share * len(y)), i, len(y) - 1 - i) for i in range(len(y))]
+    return [sum(y[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
 
 
 def drawn(draw: Callable[..., Figure]) -> Callable[..., Markup]:
@@ -97,12 +94,12 @@ def _style() -> dict:
     ink, soft, grid = PAINT["ink"], PAINT["soft"], PAINT["grid"]
     return {
         "svg.fonttype": "none", "svg.hashsalt": "zero2llm", "text.parse_math": False, "axes.unicode_minus": False,
-        "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlecolor": ink, "axes.titlepad": 8,
+        "font.size": 10.5, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlecolor": ink, "axes.titlepad": 8,
         "text.color": ink, "axes.labelcolor": soft, "xtick.labelcolor": soft, "ytick.labelcolor": soft,
         "xtick.color": grid, "ytick.color": grid, "axes.edgecolor": grid, "axes.linewidth": 0.8,
         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0,
         "axes.grid": True, "axes.grid.axis": "y", "grid.color": grid, "grid.linewidth": 0.8, "axes.axisbelow": True,
-        "legend.frameon": False, "legend.fontsize": 10, "legend.handlelength": 1.4, "legend.borderaxespad": 0,
+        "legend.frameon": False, "legend.fontsize": 10.5, "legend.handlelength": 1.4, "legend.borderaxespad": 0,
         "lines.linewidth": 1.9, "lines.solid_capstyle": "round", "figure.constrained_layout.use": True,
     }  # fmt: skip
 
@@ -128,47 +125,34 @@ def _inline(svg: str, label: str) -> Markup:
 @drawn
 def curves(lines: Sequence[Line], marks: Sequence[Mark] = (), unit: str = "") -> Figure:
     """Loss of one stage: raw and smoothed training, validation, and marks to beat."""
-    fig, axes = _figure(3.2)
+    fig, axes = _figure(3.0 + 0.25 * math.ceil(len(marks) / 2))
     ax = axes[0]
     for line in lines:
         _plot(ax, line)
-    values = [v for line in lines for v in line.y]
-    low, high = min([*values, *(m.y for m in marks)]), max(values)
-    shown = sorted((m for m in marks if m.y <= high), key=lambda m: m.y)
-    span = (high - low) or 1.0
-    ax.set_ylim(low - 0.06 * span, high + 0.06 * span)
-    at = -math.inf
-    for mark in shown:
-        ax.axhline(mark.y, color=PAINT["plum"], lw=1.1, ls=(0, (4, 3)))
-        at = max(mark.y + 0.015 * span, at + 0.075 * span)  # names of close marks are pushed apart
-        ax.text(1, at, f"{mark.name}  {mark.y:.2f}", color=PAINT["plum"], ha="right", va="bottom", fontsize=9.5,
-                transform=ax.get_yaxis_transform())  # fmt: skip
+    for i, mark in enumerate(sorted(marks, key=lambda m: -m.y)):  # named in the legend: close lines leave no room
+        dash = (0, ((5, 3), (1.5, 2), (8, 2, 1.5, 2))[i % 3])
+        ax.axhline(mark.y, color=PAINT["plum"], lw=1.2, ls=dash, label=f"{mark.name} {mark.y:.2f}")
     ax.set_xlabel("step")
     ax.set_title(unit, color=PAINT["soft"])
-    if any(line.name for line in lines):
-        fig.legend(loc="outside upper left", ncols=3)
+    fig.legend(loc="outside upper left", ncols=2)
     return fig
 
 
 @drawn
-def panels(rows: Sequence[tuple[str, Sequence[Line]]], zero: bool = True, log: bool = False) -> Figure:
+def panels(rows: Sequence[tuple[str, Sequence[Line]]], zero: bool = True) -> Figure:
     """Small multiples: one panel per stage (title, lines), each with its own scale."""
     fig, axes = _figure(1.9, len(rows))
     for ax, (title, lines) in zip(axes, rows, strict=True):
         for line in lines:
             _plot(ax, line)
         ax.set_title(title)
-        if log:
-            ax.set_yscale("log")
-        elif zero:
-            ax.set_ylim(min(0.0, *(v for line in lines for v in line.y)), None)
+        if zero:
+            ax.set_ylim(0, 1.08 * max(v for line in lines for v in line.y) or 1)
         ax.locator_params(axis="x", nbins=3)
-        if not log:
-            ax.locator_params(axis="y", nbins=4)
-            ax.yaxis.set_major_formatter(lambda value, _: short(value))
-        handles, names = ax.get_legend_handles_labels()
-        if names:
-            ax.legend(handles, names, fontsize=9, loc="best", labelspacing=0.2)
+        ax.locator_params(axis="y", nbins=4)
+        ax.yaxis.set_major_formatter(lambda value, _: short(value))
+        if any(line.name for line in lines):
+            ax.legend(fontsize=9.5, labelspacing=0.2)
     return fig
 
 
@@ -190,9 +174,7 @@ def bars(labels: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]
         ax.axvline(mark.y, color=PAINT["plum"], lw=1.1, ls=(0, (4, 3)))
         ax.set_xlabel(mark.name, color=PAINT["plum"])
     ax.set_yticks(range(len(labels)), labels, color=PAINT["ink"])
-    ax.set_ylim(len(labels) - 0.45, -0.55)
-    ax.set_xlim(0, top * 1.16)
-    ax.set_xticks([])
+    ax.set(xlim=(0, top * 1.16), ylim=(len(labels) - 0.45, -0.55), xticks=[])
     ax.grid(False)
     ax.spines["bottom"].set_visible(False)
     if n > 1:
@@ -206,20 +188,20 @@ def attention_map(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> 
     import numpy as np
     from matplotlib.figure import Figure
 
-    n = len(tokens)
+    n, names = len(tokens), [brief(token) for token in tokens]
+    size = min(9.5, 160 / n)
+    edge = 0.05 + max(map(columns, names)) * 0.6 * size / 245  # 245 points = 3.4 inches
     fig = Figure(figsize=(3.4, 3.4), layout="none")
-    ax = fig.add_axes((0.2, 0.01, 0.79, 0.79))
+    ax = fig.add_axes((edge, 0.01, 0.99 - edge, 0.99 - edge))
     image = np.empty((n, n, 4))
     image[..., :3], image[..., 3] = MAP_RGB, np.sqrt(np.clip(np.asarray(weights, float), 0, 1))
     ax.imshow(image, interpolation="none", aspect="auto")
-    names = [brief(token) for token in tokens]
-    size = min(9.5, 0.84 * 3.4 * 0.79 * 72 / n)
     ax.xaxis.tick_top()
     ax.set_xticks(range(n), names, rotation=90, rotation_mode="anchor", ha="left", va="center", fontsize=size)
     ax.set_yticks(range(n), names, fontsize=size)
     ax.tick_params(length=0, pad=4)
-    ax.set_xticks([i - 0.5 for i in range(n + 1)], minor=True)
-    ax.set_yticks([i - 0.5 for i in range(n + 1)], minor=True)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks([i - 0.5 for i in range(n + 1)], minor=True)  # the lines between squares
     ax.tick_params(which="minor", length=0)
     ax.grid(False)
     ax.grid(which="minor", axis="both", linewidth=0.5)
@@ -227,15 +209,23 @@ def attention_map(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> 
     return fig
 
 
-def brief(token: str, columns: int = 8) -> str:
-    """A token as an axis label: spaces and line ends visible, at most ``columns`` wide (a Chinese character is two)."""
-    out, used = "", 0
-    for c in token.replace(" ", "\u00b7").replace("\n", "\u21b5"):
-        used += 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        if used > columns:
-            return out + "\u2026"
-        out += c if c.isprintable() else f"\\x{ord(c):02x}"
-    return out or "\u2205"
+def visible(text: str) -> str:
+    """Spaces and line ends as signs, other control characters escaped."""
+    signs = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in signs)
+
+
+def columns(text: str) -> int:
+    """Width in Latin letters; a Chinese character is two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def brief(token: str, most: int = 9) -> str:
+    """A token as an axis label, at most ``most`` letters wide."""
+    text = visible(token)
+    while columns(text) > most:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
 
 
 def short(value: float) -> str:
@@ -256,5 +246,7 @@ def _figure(height: float, n: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _plot(ax: Axes, line: Line) -> None:
-    style = {"lw": 0.8, "alpha": 0.35} if line.faint else {"marker": "o", "ms": 3.5} if line.dots else {}
+    style = (
+        {"lw": 0.8, "alpha": 0.35} if line.faint else {"marker": "o", "ms": 3.5} if line.dots or len(line.x) < 8 else {}
+    )
     ax.plot(line.x, line.y, color=PAINT[line.colour], label=line.name or None, **style)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from zero2llm.core.files import write_atomic
 from zero2llm.lab import charts
+from zero2llm.lab.attention import attention_view
 from zero2llm.lab.charts import Line, Mark
 from zero2llm.train.telemetry import MEANING, read_metrics
 
@@ -33,7 +34,31 @@ SECTIONS = {  # id -> heading, and what it shows in Chinese; the order of the pa
 }
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "dpo": "DPO"}
 TRIALS = (("before", "pretrained only", "grey"), ("sft", "after SFT", "blue"), ("dpo", "after DPO", "clay"))
-MAX_LAYERS, MAX_HEADS, MAX_TOKENS = 6, 8, 24  # of the attention maps: a page, not an atlas
+INSIDE = {"lr": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens per second", "memory_mb": "Memory, MiB"}  # fmt: skip
+COST = {  # key of the model's summary -> name, unit, meaning
+    "parameters": ("parameters", "", "numbers that training changes"),
+    "embedding_parameters": ("in embeddings", "", "one row per token of the vocabulary; looked up, not multiplied"),
+    "context": ("context", " tokens", "the longest text that the model reads at once"),
+    "forward_flops_per_token": (
+        "FLOPs per token, forward",
+        "",
+        "multiplications and additions to read one token, at full context",
+    ),
+    "train_flops_per_token": ("FLOPs per token, training", "", "the same with the backward pass"),
+    "weight_bytes": ("weights", "B", "fp32, as trained and as saved in a checkpoint"),
+    "gradient_bytes": ("gradients", "B", "one per weight, during training"),
+    "optimizer_bytes": ("optimizer state", "B", "running means that the optimizer keeps, two per weight (Muon: one)"),
+    "activation_bytes_per_row": (
+        "activations of one row",
+        "B",
+        "kept from the forward to the backward pass, at full context",
+    ),
+    "state_bytes_per_row": (
+        "decoding state of one row",
+        "B",
+        "keys and values that a served conversation keeps, bf16, at full context",
+    ),
+}
 Runs = list[tuple[str, list[dict], list[dict]]]  # title, train and valid records of each stage
 
 
@@ -55,7 +80,7 @@ def build_report(folder: Path, results: dict[str, Any]) -> Path:
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {"number": number, "duration": duration, "percent": percent, "visible": visible}
+    env.filters |= {"number": number, "duration": duration, "percent": percent, "visible": charts.visible}
     page = env.get_template("report.html").render(
         r=results, v=view(results, runs), sections=SECTIONS, head=headline(results)
     )
@@ -66,26 +91,22 @@ def build_report(folder: Path, results: dict[str, Any]) -> Path:
 def view(results: dict, runs: Runs) -> dict[str, Any]:
     """What each section of the page shows; an empty value leaves the section out."""
     found = {key: results.get(key) for key in ("checks", "tokenizer", "conversation", "commands", "machine")}
-    found["answers"] = {"samples": results.get("samples"), "continued": results.get("continued")}
+    found["answers"] = {key: results[key] for key in ("samples", "continued") if results.get(key)}
     found["loss"] = losses(runs, results.get("marks") or [])
     found["exact"] = exact(results.get("exact_match") or {})
     found["preference"] = preference(results.get("preference") or {}, runs)
     found["runs"] = inside(runs)
-    found["attention"] = attention(results.get("attention") or {})
-    found["cost"] = (results.get("cost") or {}).get("table")
+    found["attention"] = attention_view(results.get("attention") or {})
+    found["cost"] = costs(results.get("cost") or {})
     found["time"] = times(results.get("stages") or [])
-    if not any(found["answers"].values()):
-        found["answers"] = None
     return {key: found[key] for key in SECTIONS if found[key]}
 
 
 def headline(results: dict) -> dict[str, Any]:
     """The verdict and its four or five numbers."""
     checks, cost = results.get("checks") or [], results.get("cost") or {}
-    passed = sum(bool(check["passed"]) for check in checks)
-    parameters = cost.get("parameters", cost.get("parameters_total"))
-    if isinstance(parameters, dict):
-        parameters = parameters.get("total")
+    passed = sum(bool(check.get("passed")) for check in checks)
+    parameters = cost.get("parameters")
     own = [mark["bpb"] for mark in results.get("marks") or [] if _own(mark)]
     tiles = [
         ("time", duration(results["seconds"]) if results.get("seconds") else None),
@@ -118,18 +139,12 @@ def losses(runs: Runs, marks: list[dict]) -> list[dict]:
         if not y:
             continue
         held_out = curve(valid, "valid_bpb" if in_bits else "valid_loss")
-        lines = [
-            Line(*charts.thin(x, y), "blue", faint=True),
-            Line(*charts.thin(x, charts.smooth(y)), "blue", "training, smoothed"),
-        ]
+        mean = charts.thin(x, charts.smooth(y))
+        lines = [Line(*charts.thin(x, y), "blue", faint=True), Line(*mean, "blue", "training, smoothed")]
         lines += [Line(*held_out, "clay", "held out", dots=True)] if held_out[1] else []
         beat = [Mark(m["bpb"], m["name"]) for m in marks if in_bits and not _own(m)]
         unit = "bits per byte" if in_bits else "nats per pair" if title == STAGES["dpo"] else "nats per target token"
-        note = (
-            "Training loss is shown in bits per byte too, with the bytes per token of the held-out text."
-            if in_bits
-            else ""
-        )
+        note = "Training is converted with the bytes per token of the held-out text." if in_bits else ""
         label = f"{title}: loss against step, {y[0]:.2f} at the start, {y[-1]:.2f} at the end, {unit}"
         keys = ("loss", "valid_bpb" if in_bits else "valid_loss")
         out.append(figure(charts.curves(lines, beat, unit, label=label), *keys, title=title, note=note))
@@ -145,43 +160,40 @@ def exact(result: dict) -> list[dict]:
     """Exact match per family before and after each stage; then the same per language."""
     out, n = [], result.get("n") or {}
     languages = {"en": "English", "zh": "Chinese"}
-    groups = [("All", result)] + [(languages.get(k, k), g) for k, g in (result.get("languages") or {}).items()]
+    groups = [("English and Chinese" if result.get("languages") else "All questions", result)] + [
+        (languages.get(k, k), g) for k, g in (result.get("languages") or {}).items()
+    ]
     for title, group in groups:
-        families = [f for f in result.get("families") or [] if any(f in (group.get(key) or {}) for key, *_ in TRIALS)]
-        series = [
-            (name, colour, [group[key].get(f) or 0.0 for f in families])
-            for key, name, colour in TRIALS
-            if group.get(key)
-        ]
+        trials = [(name, colour, group[key]) for key, name, colour in TRIALS if group.get(key)]
+        families = [f for f in result.get("families") or [] if any(f in rates for _, _, rates in trials)]
+        series = [(name, colour, [rates.get(f) or 0.0 for f in families]) for name, colour, rates in trials]
         if not families or not series:
             continue
-        names = [f"{f}\n{n[f]} asked" if group is result and f in n else f for f in families]
+        note = "" if group is not result else "Questions asked: " + ", ".join(f"{f} {n[f]}" for f in families if f in n)
         label = f"Exact match, {title}: " + "; ".join(f"{s} {', '.join(map(percent, v))}" for s, _, v in series)
-        out.append({"title": title, "svg": charts.bars(names, series, percent, 1.0, label=label)})
+        svg = charts.bars(families, series, percent, 1.0, label=label)
+        out.append(figure(svg, title=title, note=note if n else ""))
     return out
 
 
 def preference(result: dict, runs: Runs) -> list[dict]:
     """Win rate before and after, and what moved during DPO."""
     out = []
-    rates = [(name, result[key], colour) for key, name, colour in (("before", "before DPO", "blue"), ("after", "after DPO", "clay"))
-             if isinstance(result.get(key), int | float)]  # fmt: skip
-    if rates:
-        names, values, colours = map(list, zip(*rates, strict=True))
-        label = "Preference win rate: " + ", ".join(f"{name} {percent(value)}" for name, value, _ in rates)
+    when = [key for key in ("before", "after") if isinstance(result.get(key), int | float)]
+    if when:
+        values, colours = [result[key] for key in when], [{"before": "blue", "after": "clay"}[key] for key in when]
+        label = "Preference win rate: " + ", ".join(f"{key} DPO {percent(result[key])}" for key in when)
+        names = [f"{key} DPO" for key in when]
         svg = charts.bars(names, [("", colours, values)], percent, 1.0, Mark(0.5, "chance"), label=label)
         note = f"{result['n']} held-out pairs." if result.get("n") else ""
         out.append(figure(svg, "win_rate", title="Win rate", note=note))
-    for title, train, valid in runs:
-        rows = []
-        for name, keys in (("margin", ["margin"]), ("log-probability", ["logp_chosen", "logp_rejected"])):
-            lines = [
-                _smoothed(train, key, colour, len(keys) > 1)
-                for key, colour in zip(keys, ("blue", "clay"), strict=False)
-            ]
-            if all(line.y for line in lines):
-                rows.append((name, lines))
-        if rows:
+    for title, train, _ in runs:
+        chosen, rejected = (
+            _smoothed(train, "logp_chosen", "blue", "chosen"),
+            _smoothed(train, "logp_rejected", "clay", "rejected"),
+        )
+        rows = [("margin", [_smoothed(train, "margin", "blue")]), ("log-probability", [chosen, rejected])]
+        if all(line.y for _, lines in rows for line in lines):
             label = f"{title}: reward margin, and log-probability of chosen and rejected answers, against step"
             keys = ("margin", "logp_chosen", "logp_rejected")
             out.append(figure(charts.panels(rows, zero=False, label=label), *keys, title=f"What {title} moved"))
@@ -191,50 +203,26 @@ def preference(result: dict, runs: Runs) -> list[dict]:
 def inside(runs: Runs) -> list[dict]:
     """Learning rate, gradient norm, throughput and memory of each stage, as small multiples."""
     out = []
-    names = {
-        "lr": "Learning rate",
-        "grad_norm": "Gradient norm",
-        "tokens_per_s": "Tokens per second",
-        "memory_mb": "Memory, MiB",
-    }
-    for key, name in names.items():
+    for key, name in INSIDE.items():
         rows = [(title, [_smoothed(train, key, "blue")]) for title, train, _ in runs]
         rows = [row for row in rows if row[1][0].y]
         if rows:
-            out.append(
-                figure(
-                    charts.panels(rows, label=f"{name} against step: {', '.join(t for t, _ in rows)}"), key, title=name
-                )
-            )
-    skipped = sum(r.get("skipped") or 0 for _, train, _ in runs for r in train)
-    if skipped:
+            label = f"{name} against step: {', '.join(title for title, _ in rows)}"
+            out.append(figure(charts.panels(rows, label=label), key, title=name))
+    if out and (skipped := sum(r.get("skipped") or 0 for _, train, _ in runs for r in train)):
         out[0]["note"] = f"{skipped:.0f} steps were skipped."
     return out
 
 
-def attention(result: dict) -> list[dict]:
-    """Maps of some heads of some layers, each with what it mostly looks at."""
-    tokens, layers = (result.get("tokens") or [])[:MAX_TOKENS], result.get("layers") or []
-    out = []
-    for layer in _spread(layers, MAX_LAYERS):
-        heads = []
-        for i, whole in _spread(list(enumerate(layer["heads"])), MAX_HEADS):
-            weights = [row[: len(tokens)] for row in whole[: len(tokens)]]
-            label = f"Attention of layer {layer['layer']}, head {i}, over {len(tokens)} tokens"
-            heads.append(
-                {"head": i, "svg": charts.attention_map(weights, tokens, label=label), "habits": habits(weights)}
-            )
-        out.append({"layer": layer["layer"], "heads": heads, "of": len(layer["heads"])})
-    return out
-
-
-def habits(weights: list[list[float]]) -> list[tuple[str, float]]:
-    """How much of a head's attention goes to itself, the previous and the first token; means over tokens 2 and later."""
-    rows = range(2, len(weights))
-    mean = lambda column: sum(weights[i][column(i)] for i in rows) / len(rows)
-    if not rows:
-        return []
-    return [("itself", mean(lambda i: i)), ("previous", mean(lambda i: i - 1)), ("first", mean(lambda i: 0))]
+def costs(cost: dict) -> dict[str, Any] | None:
+    """Rows of the cost table (``table`` as given, or made from the known keys), and where the parameters are."""
+    rows = [{"name": name, "value": number(cost[key]) if key == "parameters" else charts.short(cost[key]) + unit, "meaning": meaning}
+            for key, (name, unit, meaning) in COST.items() if isinstance(cost.get(key), int | float)]  # fmt: skip
+    found: dict[str, Any] = {"table": cost.get("table") or rows}
+    if parts := {name: n for name, n in (cost.get("by_component") or {}).items() if n}:
+        label = "Parameters: " + ", ".join(f"{name} {n:,}" for name, n in parts.items())
+        found["svg"] = charts.bars(list(parts), [("", "blue", list(parts.values()))], charts.short, label=label)
+    return found if any(found.values()) else None
 
 
 def times(stages: list[dict]) -> dict[str, Any] | None:
@@ -242,10 +230,10 @@ def times(stages: list[dict]) -> dict[str, Any] | None:
         return None
     total = sum(stage.get("seconds") or 0 for stage in stages) or 1.0
     values, names = [stage.get("seconds") or 0.0 for stage in stages], [stage["name"] for stage in stages]
-    text = lambda s: f"{duration(s)}  {percent(s / total)}"
+    text = lambda s: f"{duration(s)} · {percent(s / total)}"
     label = "Time per stage: " + ", ".join(f"{n} {duration(s)}" for n, s in zip(names, values, strict=True))
     return {
-        "svg": charts.bars(names, [("", "blue", values)], text, 1.25 * max(values) or 1.0, label=label),
+        "svg": charts.bars(names, [("", "blue", values)], text, 1.4 * max(values) or 1.0, label=label),
         "stages": stages,
     }
 
@@ -253,7 +241,7 @@ def times(stages: list[dict]) -> dict[str, Any] | None:
 def number(value: Any) -> str:
     """1234567 -> 1,234,567; 0.12345 -> 0.123; text stays as it is."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        return "\u2013" if value is None else str(value)
+        return "–" if value is None else str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
@@ -270,22 +258,9 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.0f} %"
 
 
-def visible(text: Any) -> str:
-    """Spaces and line ends of a token as signs."""
-    return str(text).replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u21e5")
-
-
-def _smoothed(records: list[dict], key: str, colour: str, named: bool = False) -> Line:
+def _smoothed(records: list[dict], key: str, colour: str, name: str = "") -> Line:
     x, y = curve(records, key)
-    noisy = key != "lr" and key != "memory_mb"
-    return Line(*charts.thin(x, charts.smooth(y) if noisy else y), colour, key.removeprefix("logp_") if named else "")
-
-
-def _spread(items: list, most: int) -> list:
-    """At most ``most`` items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return Line(*charts.thin(x, y if key in ("lr", "memory_mb") else charts.smooth(y, 0.02)), colour, name)
 
 
 def _own(mark: dict) -> bool:

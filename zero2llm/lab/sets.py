@@ -81,7 +81,7 @@ def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) ->
             return ConversationRows(shards, recipe.seq_len, tokenizer.pad_id, seed)
         return PairRows(shards, tokenizer.pad_id, seed)
 
-    held_out = rows(valid, None)
+    held_out = rows(valid, recipe.seed)  # shuffled: `valid_rows` must not mean the first file only
     n = min(recipe.rows, recipe.data.valid_rows or recipe.rows)
 
     def one_pass() -> Iterable[Batch]:
@@ -130,7 +130,7 @@ def _key(recipe: Recipe) -> str:
 def _reuse(folder: Path, tokenizer: Tokenizer, key: str) -> TokenShards | None:
     if not (folder / "manifest.json").is_file():
         return None
-    shards = TokenShards.open(folder)
+    shards = TokenShards.open(folder, verify=True)
     return shards if (shards.manifest["key"], shards.manifest["tokenizer"]) == (key, tokenizer.fingerprint()) else None
 
 
