@@ -20,7 +20,7 @@ def test_top_k_keeps_k():
     assert torch.equal(truncate(logits, top_k=0), logits) and torch.equal(truncate(logits, top_k=9), logits)
 
 
-@pytest.mark.parametrize("p,want", [(0.5, [0]), (0.55, [0, 1]), (0.8, [0, 1]), (0.81, [0, 1, 2]), (0.999, [0, 1, 2, 3]), (0.01, [0])])
+@pytest.mark.parametrize("p,want", [(0.5, [0]), (0.55, [0, 1]), (0.79, [0, 1]), (0.81, [0, 1, 2]), (0.999, [0, 1, 2, 3]), (0.01, [0])])
 def test_top_p_keeps_the_smallest_sufficient_set(p, want):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     assert kept(truncate(logits, top_p=p)) == [want]

@@ -130,7 +130,7 @@ def test_llama3_8b_stores_128_kib_a_token():
     assert cost.state_bytes(preset("llama3-8b"), 1) == 128 * 1024
 
 
-def kept(model, rows, length):
+def kept(model, seq):
     """Bytes that autograd holds after a forward pass, each storage once, parameters apart."""
     own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
@@ -141,20 +141,19 @@ def kept(model, rows, length):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        hidden = model(torch.zeros(rows, length, dtype=torch.long), Seq.rows(rows, length))[0]
-        out = model.logits(hidden)
+        out = model.logits(model(torch.zeros(seq.pos.shape, dtype=torch.long), seq)[0])
     assert out.requires_grad
     return sum(size for size, _ in seen.values())
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [15, 63])
 @pytest.mark.parametrize("name", ODD)
-def test_activations_are_within_15_percent_of_what_autograd_keeps(name, length):
+def test_activations_are_what_autograd_keeps(name, length, packed):
+    """Measured: equal but for the learned table's indices. Promised to 15 %: torch may fuse more tomorrow."""
     cfg = model_config(name)
-    estimate, real = cost.activation_bytes(cfg, 2, length), kept(LM(cfg), 2, length)
-    if any(spec.mixer.window for spec in cfg.specs()):  # masks are left out, as documented
-        real -= sum(length * length * (1 + 4) for spec in cfg.specs() if spec.mixer.window)
-    assert estimate == pytest.approx(real, rel=0.15)
+    seq = Seq.of_segments((torch.arange(length) // 4 + 1).expand(2, -1)) if packed else Seq.rows(2, length)
+    assert cost.activation_bytes(cfg, 2, length, packed=packed) == pytest.approx(kept(LM(cfg), seq), rel=0.15)
 
 
 def test_recomputed_activations_are_a_block_input_each():
@@ -164,7 +163,7 @@ def test_recomputed_activations_are_a_block_input_each():
     largest = cost.layer_costs(cfg.specs()[0], 24)
     inside = (largest[0].saved + largest[1].saved + 2 * largest[2].saved) * 4 * 2 * short
     estimate = cost.activation_bytes(cfg, 2, short, recompute=True) - inside
-    assert estimate == pytest.approx(kept(model, 2, short), rel=0.15)
+    assert estimate == pytest.approx(kept(model, Seq.rows(2, short)), rel=0.15)
 
 
 def test_optimizer_bytes_equal_adamw_s_state():

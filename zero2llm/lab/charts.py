@@ -106,10 +106,9 @@ def _style() -> dict:
 
 def _inline(svg: str, label: str) -> Markup:
     """A standalone SVG file as part of a page: no addresses, no fixed size, unique ids, the page's colours and fonts."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace("xlink:href", "href")
-    box = re.search(r'viewBox="[^"]+"', svg).group()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL).replace(
+        "xlink:href", "href"
+    )
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     prefix = "c" + hashlib.sha256((label + svg).encode()).hexdigest()[:8]
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", svg)
@@ -117,7 +116,7 @@ def _inline(svg: str, label: str) -> Markup:
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     for name, colour in PAINT.items():
         svg = svg.replace(colour, f"var(--{name})")
-    name = escape(label)
+    name, box = escape(label), re.search(r'viewBox="[^"]+"', svg).group()
     head = f'<svg class="chart" role="img" aria-label="{name}" {box}><title>{name}</title>'
     return Markup(re.sub(r"\s*\n\s*", "\n", re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)))
 
@@ -125,14 +124,14 @@ def _inline(svg: str, label: str) -> Markup:
 @drawn
 def curves(lines: Sequence[Line], marks: Sequence[Mark] = (), unit: str = "") -> Figure:
     """Loss of one stage: raw and smoothed training, validation, and marks to beat."""
-    fig, axes = _figure(3.0 + 0.25 * math.ceil(len(marks) / 2))
-    ax = axes[0]
+    fig, (ax,) = _figure(3.0 + 0.25 * math.ceil(len(marks) / 2))
     for line in lines:
         _plot(ax, line)
     for i, mark in enumerate(sorted(marks, key=lambda m: -m.y)):  # named in the legend: close lines leave no room
         dash = (0, ((5, 3), (1.5, 2), (8, 2, 1.5, 2))[i % 3])
         ax.axhline(mark.y, color=PAINT["plum"], lw=1.2, ls=dash, label=f"{mark.name} {mark.y:.2f}")
     ax.set_xlabel("step")
+    ax.locator_params(axis="x", integer=True)
     ax.set_title(unit, color=PAINT["soft"])
     fig.legend(loc="outside upper left", ncols=2)
     return fig
@@ -148,7 +147,7 @@ def panels(rows: Sequence[tuple[str, Sequence[Line]]], zero: bool = True) -> Fig
         ax.set_title(title)
         if zero:
             ax.set_ylim(0, 1.08 * max(v for line in lines for v in line.y) or 1)
-        ax.locator_params(axis="x", nbins=3)
+        ax.locator_params(axis="x", nbins=3, integer=True)
         ax.locator_params(axis="y", nbins=4)
         ax.yaxis.set_major_formatter(lambda value, _: short(value))
         if any(line.name for line in lines):
@@ -161,8 +160,7 @@ def bars(labels: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]
          most: float | None = None, mark: Mark | None = None) -> Figure:  # fmt: skip
     """Horizontal bars, the first label on top; ``series`` = (name, colour or one colour per bar, values) side by side."""
     n, thick = len(series), 0.8 / len(series)
-    fig, axes = _figure(0.5 + len(labels) * (0.12 + 0.2 * max(n, 1.4)) + (0.25 if n > 1 else 0))
-    ax = axes[0]
+    fig, (ax,) = _figure(0.5 + len(labels) * (0.12 + 0.2 * max(n, 1.4)) + (0.25 if n > 1 else 0))
     top = most or max([v for _, _, values in series for v in values], default=0.0) or 1.0
     for i, (name, colour, values) in enumerate(series):
         at = [row + (i - (n - 1) / 2) * thick for row in range(len(labels))]
@@ -176,7 +174,8 @@ def bars(labels: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]
     ax.set_yticks(range(len(labels)), labels, color=PAINT["ink"])
     ax.set(xlim=(0, top * 1.16), ylim=(len(labels) - 0.45, -0.55), xticks=[])
     ax.grid(False)
-    ax.spines["bottom"].set_visible(False)
+    ax.spines.left.set_visible(True)
+    ax.spines.bottom.set_visible(False)
     if n > 1:
         fig.legend(loc="outside upper left", ncols=n)
     return fig
@@ -199,10 +198,9 @@ def attention_map(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> 
     ax.xaxis.tick_top()
     ax.set_xticks(range(n), names, rotation=90, rotation_mode="anchor", ha="left", va="center", fontsize=size)
     ax.set_yticks(range(n), names, fontsize=size)
-    ax.tick_params(length=0, pad=4)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks([i - 0.5 for i in range(n + 1)], minor=True)  # the lines between squares
-    ax.tick_params(which="minor", length=0)
+    ax.tick_params(which="both", length=0, pad=4)
     ax.grid(False)
     ax.grid(which="minor", axis="both", linewidth=0.5)
     ax.spines[:].set(visible=True, linewidth=0.5)
@@ -212,7 +210,7 @@ def attention_map(weights: Sequence[Sequence[float]], tokens: Sequence[str]) -> 
 def visible(text: str) -> str:
     """Spaces and line ends as signs, other control characters escaped."""
     signs = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in signs)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in signs)
 
 
 def columns(text: str) -> int:
@@ -246,7 +244,7 @@ def _figure(height: float, n: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _plot(ax: Axes, line: Line) -> None:
-    style = (
-        {"lw": 0.8, "alpha": 0.35} if line.faint else {"marker": "o", "ms": 3.5} if line.dots or len(line.x) < 8 else {}
-    )
+    style = {"lw": 0.8, "alpha": 0.35} if line.faint else {}
+    if line.dots or len(line.x) < 8:
+        style |= {"marker": "o", "ms": 3.5}
     ax.plot(line.x, line.y, color=PAINT[line.colour], label=line.name or None, **style)

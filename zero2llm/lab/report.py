@@ -5,7 +5,7 @@ Reads `results` (plain data, see `build_report`) and each stage's metrics.jsonl;
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,13 @@ COST = {  # key of the model's summary -> name, unit, meaning
     "parameters": ("parameters", "", "numbers that training changes"),
     "embedding_parameters": ("in embeddings", "", "one row per token of the vocabulary; looked up, not multiplied"),
     "context": ("context", " tokens", "the longest text that the model reads at once"),
-    "forward_flops_per_token": (
-        "FLOPs per token, forward",
-        "",
-        "multiplications and additions to read one token, at full context",
-    ),
+    "forward_flops_per_token": ("FLOPs per token, forward", "", "to read one token; mean over a full context"),
     "train_flops_per_token": ("FLOPs per token, training", "", "the same with the backward pass"),
-    "weight_bytes": ("weights", "B", "fp32, as trained and as saved in a checkpoint"),
+    "weight_bytes": ("weights", "B", "in fp32, as they are trained"),
     "gradient_bytes": ("gradients", "B", "one per weight, during training"),
-    "optimizer_bytes": ("optimizer state", "B", "running means that the optimizer keeps, two per weight (Muon: one)"),
-    "activation_bytes_per_row": (
-        "activations of one row",
-        "B",
-        "kept from the forward to the backward pass, at full context",
-    ),
-    "state_bytes_per_row": (
-        "decoding state of one row",
-        "B",
-        "keys and values that a served conversation keeps, bf16, at full context",
-    ),
+    "optimizer_bytes": ("optimizer state", "B", "running means, two per weight for AdamW (Muon: one)"),
+    "activation_bytes_per_row": ("activations per row", "B", "kept from forward to backward, at full context"),
+    "state_bytes_per_row": ("decoding state per row", "B", "what a full conversation keeps while served, bf16"),
 }
 Runs = list[tuple[str, list[dict], list[dict]]]  # title, train and valid records of each stage
 
@@ -80,11 +68,9 @@ def build_report(folder: Path, results: dict[str, Any]) -> Path:
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {"number": number, "duration": duration, "percent": percent, "visible": charts.visible}
-    page = env.get_template("report.html").render(
-        r=results, v=view(results, runs), sections=SECTIONS, head=headline(results)
-    )
-    write_atomic(folder / "report.html", page)
+    env.filters |= {"number": number, "duration": duration, "tidy": tidy, "percent": percent, "visible": charts.visible}
+    parts = {"r": results, "v": view(results, runs), "sections": SECTIONS, "head": headline(results)}
+    write_atomic(folder / "report.html", env.get_template("report.html").render(parts))
     return folder / "report.html"
 
 
@@ -105,16 +91,18 @@ def view(results: dict, runs: Runs) -> dict[str, Any]:
 def headline(results: dict) -> dict[str, Any]:
     """The verdict and its four or five numbers."""
     checks, cost = results.get("checks") or [], results.get("cost") or {}
-    passed = sum(bool(check.get("passed")) for check in checks)
-    parameters = cost.get("parameters")
     own = [mark["bpb"] for mark in results.get("marks") or [] if _own(mark)]
     tiles = [
         ("time", duration(results["seconds"]) if results.get("seconds") else None),
         ("peak memory", f"{number(results['peak_rss_mb'])} MiB" if results.get("peak_rss_mb") else None),
-        ("parameters", charts.short(parameters) if parameters else None),
+        ("parameters", charts.short(cost["parameters"]) if isinstance(cost.get("parameters"), int) else None),
         ("bits per byte, held out", number(own[0]) if own else None),
     ]
-    return {"passed": passed, "n": len(checks), "tiles": [tile for tile in tiles if tile[1]]}
+    return {
+        "passed": sum(bool(check.get("passed")) for check in checks),
+        "n": len(checks),
+        "tiles": [tile for tile in tiles if tile[1]],
+    }
 
 
 def figure(svg: Markup, *keys: str, title: str = "", note: str = "") -> dict[str, Any]:
@@ -160,19 +148,17 @@ def exact(result: dict) -> list[dict]:
     """Exact match per family before and after each stage; then the same per language."""
     out, n = [], result.get("n") or {}
     languages = {"en": "English", "zh": "Chinese"}
-    groups = [("English and Chinese" if result.get("languages") else "All questions", result)] + [
-        (languages.get(k, k), g) for k, g in (result.get("languages") or {}).items()
-    ]
-    for title, group in groups:
+    groups = {"All questions": result} | {languages.get(k, k): g for k, g in (result.get("languages") or {}).items()}
+    for title, group in groups.items():
         trials = [(name, colour, group[key]) for key, name, colour in TRIALS if group.get(key)]
         families = [f for f in result.get("families") or [] if any(f in rates for _, _, rates in trials)]
         series = [(name, colour, [rates.get(f) or 0.0 for f in families]) for name, colour, rates in trials]
-        if not families or not series:
+        if not families:
             continue
-        note = "" if group is not result else "Questions asked: " + ", ".join(f"{f} {n[f]}" for f in families if f in n)
+        asked = ", ".join(f"{f} {n[f]}" for f in families if f in n and group is result)
         label = f"Exact match, {title}: " + "; ".join(f"{s} {', '.join(map(percent, v))}" for s, _, v in series)
         svg = charts.bars(families, series, percent, 1.0, label=label)
-        out.append(figure(svg, title=title, note=note if n else ""))
+        out.append(figure(svg, title=title, note=f"Asked: {asked}." if asked else ""))
     return out
 
 
@@ -183,16 +169,17 @@ def preference(result: dict, runs: Runs) -> list[dict]:
     if when:
         values, colours = [result[key] for key in when], [{"before": "blue", "after": "clay"}[key] for key in when]
         label = "Preference win rate: " + ", ".join(f"{key} DPO {percent(result[key])}" for key in when)
-        names = [f"{key} DPO" for key in when]
-        svg = charts.bars(names, [("", colours, values)], percent, 1.0, Mark(0.5, "chance"), label=label)
+        svg = charts.bars(
+            [f"{key} DPO" for key in when], [("", colours, values)], percent, 1.0, Mark(0.5, "chance"), label=label
+        )
         note = f"{result['n']} held-out pairs." if result.get("n") else ""
         out.append(figure(svg, "win_rate", title="Win rate", note=note))
     for title, train, _ in runs:
-        chosen, rejected = (
-            _smoothed(train, "logp_chosen", "blue", "chosen"),
-            _smoothed(train, "logp_rejected", "clay", "rejected"),
-        )
-        rows = [("margin", [_smoothed(train, "margin", "blue")]), ("log-probability", [chosen, rejected])]
+        pair = [
+            _smoothed(train, f"logp_{name}", colour, name)
+            for name, colour in (("chosen", "blue"), ("rejected", "clay"))
+        ]
+        rows = [("margin", [_smoothed(train, "margin", "blue")]), ("log-probability", pair)]
         if all(line.y for _, lines in rows for line in lines):
             label = f"{title}: reward margin, and log-probability of chosen and rejected answers, against step"
             keys = ("margin", "logp_chosen", "logp_rejected")
@@ -216,8 +203,9 @@ def inside(runs: Runs) -> list[dict]:
 
 def costs(cost: dict) -> dict[str, Any] | None:
     """Rows of the cost table (``table`` as given, or made from the known keys), and where the parameters are."""
-    rows = [{"name": name, "value": number(cost[key]) if key == "parameters" else charts.short(cost[key]) + unit, "meaning": meaning}
-            for key, (name, unit, meaning) in COST.items() if isinstance(cost.get(key), int | float)]  # fmt: skip
+    known = [key for key in COST if isinstance(cost.get(key), int | float)]
+    row = lambda key, name, unit, why: {"name": name, "value": charts.short(cost[key]) + unit, "meaning": why}
+    rows = [row(key, *COST[key]) for key in known]
     found: dict[str, Any] = {"table": cost.get("table") or rows}
     if parts := {name: n for name, n in (cost.get("by_component") or {}).items() if n}:
         label = "Parameters: " + ", ".join(f"{name} {n:,}" for name, n in parts.items())
@@ -232,19 +220,20 @@ def times(stages: list[dict]) -> dict[str, Any] | None:
     values, names = [stage.get("seconds") or 0.0 for stage in stages], [stage["name"] for stage in stages]
     text = lambda s: f"{duration(s)} · {percent(s / total)}"
     label = "Time per stage: " + ", ".join(f"{n} {duration(s)}" for n, s in zip(names, values, strict=True))
-    return {
-        "svg": charts.bars(names, [("", "blue", values)], text, 1.4 * max(values) or 1.0, label=label),
-        "stages": stages,
-    }
+    svg = charts.bars(names, [("", "blue", values)], text, 1.4 * max(values) or 1.0, label=label)
+    return {"svg": svg, "stages": stages}
 
 
 def number(value: Any) -> str:
     """1234567 -> 1,234,567; 0.12345 -> 0.123; text stays as it is."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return "–" if value is None else str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def tidy(text: str) -> str:
+    """Long runs of empty lines, which untrained models love, as a sign."""
+    return re.sub(r"\s*\n\s*\n\s*\n\s*", lambda m: f" ↵×{m[0].count(chr(10))} ", text.rstrip(" ")) or "–"
 
 
 def duration(seconds: float) -> str:
@@ -263,6 +252,5 @@ def _smoothed(records: list[dict], key: str, colour: str, name: str = "") -> Lin
     return Line(*charts.thin(x, y if key in ("lr", "memory_mb") else charts.smooth(y, 0.02)), colour, name)
 
 
-def _own(mark: dict) -> bool:
-    """The model itself among its marks."""
+def _own(mark: dict) -> bool:  # the model itself among its marks
     return mark["name"].lower() in ("this model", "model")

@@ -42,7 +42,7 @@ class Cost:
 
 
 def gqa(cfg: GQAConfig, d: int) -> Cost:
-    """Saved: the input, q k v before the QK-norm (twice, with a scale each), cos and sin, q k v, output, logsumexp."""
+    """Saved: the input, q and k around the QK-norm with a scale each, cos and sin, q k v, output, logsumexp."""
     h, g, k = cfg.n_heads, cfg.n_kv_heads or cfg.n_heads, cfg.head_dim or d // cfg.n_heads
     weights = d * k * (2 * h + 2 * g)
     biases = cfg.qkv_bias * k * (h + 2 * g) + cfg.out_bias * d
@@ -170,21 +170,26 @@ def state_bytes(cfg: ModelConfig, tokens: int, bytes_per_value: int = 2) -> int:
 
 
 def activation_bytes(
-    cfg: ModelConfig, batch: int, length: int, bytes_per_value: int = 4, *, recompute: bool = False
+    cfg: ModelConfig,
+    batch: int,
+    length: int,
+    bytes_per_value: int = 4,
+    *,
+    packed: bool = False,
+    recompute: bool = False,
 ) -> int:
-    """Estimate of what autograd keeps between forward and backward, at one number format.
+    """What autograd keeps between forward and backward, at one number format (measured on eager torch, CPU).
 
-    Counted: every tensor that eager torch saves inside the blocks and the final norm, the hidden states that the loss
-    reads, int64 token ids. Not counted: logits (ops/xent never holds them all), weights, attention masks (batch *
-    length^2 bytes a layer for packed rows, length^2 with a window), gradients. With recompute: a block's input each,
+    Counted: every tensor saved in the blocks and the final norm, the hidden states that the loss reads, the token ids
+    (int64), and length^2 values a row for the mask of each layer with a window, or of all when ``packed``.
+    Not counted: logits (ops/xent never holds them all), weights, gradients. With recompute: the input of each block,
     plus the inside of the largest.
     """
-    d = cfg.d_model
-    inside = [
-        m.saved + f.saved + n.saved * count - _shared(spec, d)
-        for spec in cfg.specs()
-        for m, f, n, count in [layer_costs(spec, d)]
-    ]
+    d, inside = cfg.d_model, []
+    for spec in cfg.specs():
+        mixer, ffn, norm, n = layer_costs(spec, d)
+        mask = length if packed or mixer.window is not None else 0
+        inside.append(mixer.saved + ffn.saved + norm.saved * n - _shared(spec, d) + mask)
     blocks = len(inside) * d + max(inside) if recompute else sum(inside)
     final = d + (_of(NORMS, cfg.final_norm)(cfg.final_norm, d).saved if cfg.final_norm else 0)
     return batch * length * ((blocks + final) * bytes_per_value + 8)

@@ -65,22 +65,8 @@ def train_bpe(
     counts replace the recount. Pairs are packed into one integer (a << 20 | b). Heap entries may be stale; a popped
     one whose count has fallen goes back with the true count.
     """
-    words, freqs = [], []
-    ids = {token[0]: i for i, token in enumerate(alphabet())}
-    for piece, n in count_pieces(texts, split).items():
-        word = [ids[b] for b in piece.encode()]
-        if len(word) > 1:
-            words.append(word)
-            freqs.append(n)
+    words, freqs, where, counts = _index(texts, split)
     tokens = list(alphabet())
-    where: defaultdict[int, list[int]] = defaultdict(list)
-    counts: defaultdict[int, int] = defaultdict(int)
-    for index, (word, n) in enumerate(zip(words, freqs, strict=True)):
-        pairs = [a << 20 | b for a, b in zip(word, word[1:], strict=False)]
-        for pair in pairs:
-            counts[pair] += n
-        for pair in set(pairs):
-            where[pair].append(index)
     heap = [(-n, pair) for pair, n in counts.items()]
     heapq.heapify(heap)
     merges: list[Pair] = []
@@ -100,6 +86,26 @@ def train_bpe(
         if progress:
             progress(len(merges), n_merges)
     return merges
+
+
+def _index(texts: Iterable[str], split: str) -> tuple[list[list[int]], list[int], dict[int, list[int]], dict[int, int]]:
+    """Different pieces as lists of ids, how often each occurs, which pieces hold a pair, and how often it occurs."""
+    ids = {token[0]: i for i, token in enumerate(alphabet())}
+    words: list[list[int]] = []
+    freqs: list[int] = []
+    where: defaultdict[int, list[int]] = defaultdict(list)
+    counts: defaultdict[int, int] = defaultdict(int)
+    for piece, n in count_pieces(texts, split).items():
+        word = [ids[b] for b in piece.encode()]
+        pairs = [a << 20 | b for a, b in zip(word, word[1:], strict=False)]
+        for pair in pairs:
+            counts[pair] += n
+        for pair in set(pairs):
+            where[pair].append(len(words))
+        if pairs:
+            words.append(word)
+            freqs.append(n)
+    return words, freqs, where, counts
 
 
 def _merge(a: int, b: int, new: int, words: list, freqs: list, where: dict, counts: dict) -> set[int]:
