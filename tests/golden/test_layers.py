@@ -256,6 +256,7 @@ def test_wirings(wiring):
 
 SMALL = {
     "gqa": lambda: GQAConfig(n_heads=4, n_kv_heads=2, window=3, qk_norm=True, qkv_bias=True, out_bias=True),
+    "gqa rope": lambda: GQAConfig(n_heads=2, n_kv_heads=1, position=RoPEConfig()),
     "glu": lambda: GLUConfig(hidden=5),
     "mlp": lambda: MLPConfig(hidden=5),
     "rms": lambda: RMSNormConfig(),
@@ -268,7 +269,7 @@ def test_gradients_equal_finite_differences(name):
     module, seq = randomised(SMALL[name]().build(8)), SEQS["packed"]()
     params = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
     x = torch.randn(2, T, 8, dtype=torch.float64, requires_grad=True)
-    more = (seq,) if name == "gqa" else ()
+    more = (seq,) if name.startswith("gqa") else ()
 
     def run(x, *values):
         out = torch.func.functional_call(module, dict(zip(params, values, strict=True)), (x, *more))

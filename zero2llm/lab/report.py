@@ -34,16 +34,17 @@ SECTIONS = {  # id -> heading, and what it shows in Chinese; the order of the pa
 }
 STAGES = {"pretrain": "Pretraining", "sft": "SFT", "dpo": "DPO"}
 TRIALS = (("before", "pretrained only", "grey"), ("sft", "after SFT", "blue"), ("dpo", "after DPO", "clay"))
+PAIR = {"chosen": "blue", "rejected": "clay"}
 INSIDE = {"lr": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens per second", "memory_mb": "Memory, MiB"}  # fmt: skip
 COST = {  # key of the model's summary -> name, unit, meaning
     "parameters": ("parameters", "", "numbers that training changes"),
-    "embedding_parameters": ("in embeddings", "", "one row per token of the vocabulary; looked up, not multiplied"),
+    "embedding_parameters": ("in embeddings", "", "one row per token of the vocabulary"),
     "context": ("context", " tokens", "the longest text that the model reads at once"),
     "forward_flops_per_token": ("FLOPs per token, forward", "", "to read one token; mean over a full context"),
     "train_flops_per_token": ("FLOPs per token, training", "", "the same with the backward pass"),
     "weight_bytes": ("weights", "B", "in fp32, as they are trained"),
     "gradient_bytes": ("gradients", "B", "one per weight, during training"),
-    "optimizer_bytes": ("optimizer state", "B", "running means, two per weight for AdamW (Muon: one)"),
+    "optimizer_bytes": ("optimizer state", "B", "what it remembers between steps, at two values per weight"),
     "activation_bytes_per_row": ("activations per row", "B", "kept from forward to backward, at full context"),
     "state_bytes_per_row": ("decoding state per row", "B", "what a full conversation keeps while served, bf16"),
 }
@@ -98,11 +99,8 @@ def headline(results: dict) -> dict[str, Any]:
         ("parameters", charts.short(cost["parameters"]) if isinstance(cost.get("parameters"), int) else None),
         ("bits per byte, held out", number(own[0]) if own else None),
     ]
-    return {
-        "passed": sum(bool(check.get("passed")) for check in checks),
-        "n": len(checks),
-        "tiles": [tile for tile in tiles if tile[1]],
-    }
+    passed = sum(bool(check.get("passed")) for check in checks)
+    return {"passed": passed, "n": len(checks), "tiles": [tile for tile in tiles if tile[1]]}
 
 
 def figure(svg: Markup, *keys: str, title: str = "", note: str = "") -> dict[str, Any]:
@@ -167,18 +165,13 @@ def preference(result: dict, runs: Runs) -> list[dict]:
     out = []
     when = [key for key in ("before", "after") if isinstance(result.get(key), int | float)]
     if when:
-        values, colours = [result[key] for key in when], [{"before": "blue", "after": "clay"}[key] for key in when]
+        bar = ("", ["blue" if key == "before" else "clay" for key in when], [result[key] for key in when])
         label = "Preference win rate: " + ", ".join(f"{key} DPO {percent(result[key])}" for key in when)
-        svg = charts.bars(
-            [f"{key} DPO" for key in when], [("", colours, values)], percent, 1.0, Mark(0.5, "chance"), label=label
-        )
+        svg = charts.bars([f"{key} DPO" for key in when], [bar], percent, 1.0, Mark(0.5, "chance"), label=label)
         note = f"{result['n']} held-out pairs." if result.get("n") else ""
         out.append(figure(svg, "win_rate", title="Win rate", note=note))
     for title, train, _ in runs:
-        pair = [
-            _smoothed(train, f"logp_{name}", colour, name)
-            for name, colour in (("chosen", "blue"), ("rejected", "clay"))
-        ]
+        pair = [_smoothed(train, f"logp_{name}", PAIR[name], name) for name in PAIR]
         rows = [("margin", [_smoothed(train, "margin", "blue")]), ("log-probability", pair)]
         if all(line.y for _, lines in rows for line in lines):
             label = f"{title}: reward margin, and log-probability of chosen and rejected answers, against step"
@@ -233,7 +226,7 @@ def number(value: Any) -> str:
 
 def tidy(text: str) -> str:
     """Long runs of empty lines, which untrained models love, as a sign."""
-    return re.sub(r"\s*\n\s*\n\s*\n\s*", lambda m: f" ↵×{m[0].count(chr(10))} ", text.rstrip(" ")) or "–"
+    return re.sub(r"(?:[ \t]*\n){3,}", lambda m: f" ↵×{m[0].count(chr(10))} ", text.rstrip(" ")) or "–"
 
 
 def duration(seconds: float) -> str:
