@@ -192,6 +192,7 @@ REFUSED = [
     (lambda: edit(LLAMA(), final_norm={"kind": "rms", "eps": 1e-3}), "final_norm"),
     (lambda: edit(LLAMA(), mixer__qk_norm=True), "norm_eps: 1e-06"),
     (lambda: edit(LLAMA(), position={"kind": "learned"}), "position: learned"),
+    (lambda: edit(LLAMA(), mixer__n_heads=10, mixer__head_dim=8), "n_heads: 10 does not divide"),
     (lambda: edit(GPT2(), ffn__act="relu"), "activation: relu"),
     (lambda: edit(GPT2(), mixer__n_kv_heads=2), "n_kv_heads: 2"),
     (lambda: edit(GPT2(), mixer__qkv_bias=False), "projections without bias"),

@@ -65,7 +65,7 @@ def _gpt2_faults(cfg: ModelConfig) -> list[str]:
         "qk_norm": not mixer.qk_norm,
         "projections without bias": mixer.qkv_bias and mixer.out_bias,
         f"n_kv_heads: {mixer.n_kv_heads}": mixer.n_kv_heads in (None, mixer.n_heads),
-        f"head_dim: {mixer.head_dim}": mixer.head_dim in (None, cfg.d_model // mixer.n_heads),
+        f"head_dim: {mixer.head_dim}": (mixer.head_dim or 0) * mixer.n_heads in (0, cfg.d_model),
         "untied embeddings": cfg.tie_embeddings,
     }
     return [name for name, holds in checks.items() if not holds]
@@ -80,6 +80,8 @@ def _llama_faults(cfg: ModelConfig) -> list[str]:
         f"norm: {spec.norm.kind} (rms is needed)": rms,
         f"ffn: {spec.ffn.kind} (glu is needed)": isinstance(spec.ffn, GLUConfig),
         f"activation: {spec.ffn.act} (silu is needed)": spec.ffn.act == "silu",
+        f"d_model: {cfg.d_model} that n_heads: {mixer.n_heads} does not divide": mixer.qk_norm
+        or cfg.d_model % mixer.n_heads == 0,
         "bias on only one of qkv and out": mixer.qkv_bias == mixer.out_bias,
         f"norm_eps: {mixer.norm_eps} of the QK-norm (the blocks' eps is needed)": not mixer.qk_norm
         or not rms

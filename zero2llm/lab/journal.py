@@ -30,12 +30,12 @@ class Size:
     overrides: dict[str, list[str]]
 
 
-FULL = Size(16_000, 200, 1_500, 400, 640, {"pretrain": [], "sft": [], "dpo": []})
+FULL = Size(12_000, 200, 1_500, 400, 600, {"pretrain": [], "sft": [], "dpo": []})
 FAST = Size(400, 40, 200, 40, 48, {
-    "pretrain": ["fit.steps=4", "eval.every=4", "data.max_documents=400", "tokenizer.sample_bytes=60000", "tokenizer.vocab_size=600",
+    "pretrain": ["fit.steps=4", "batch_tokens=2048", "eval.every=4", "data.max_documents=400", "tokenizer.sample_bytes=60000", "tokenizer.vocab_size=600",
                  "model.vocab_size=600", "data.valid_fraction=0.05"],
-    "sft": ["fit.steps=3", "eval.every=3"],
-    "dpo": ["fit.steps=2", "eval.every=2"],
+    "sft": ["fit.steps=3", "eval.every=3", "batch_tokens=1024"],
+    "dpo": ["fit.steps=2", "eval.every=2", "batch_tokens=2048"],
 })  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from zero2llm.lab.talk import load_engine, stream_answer
 from zero2llm.model.cost import summary
 from zero2llm.parallel.plan import World
 
-CHAT = ("Who are you?", "Tom has the book. Jane has the tea. Who has the tea?", "Can you help me find my coat?",
-        "你好。你是谁？", "王生在城里。李生在田里。谁在城里？", "请帮我买这个琴。")  # fmt: skip
+CHAT = ("Who are you?", "Tom is in the valley. Tom has the tea. What does Tom have?", "Can you help me find my coat?",
+        "你好。你是谁？", "王生在城里。王生有马。王生在哪里？", "请帮我买这个琴。")  # fmt: skip
 SHOWN = ("It was a dark night, and ", "The captain said", "《江城子》", "春")
 SENTENCE = {"en": "Tom has the book. Who has the book?", "zh": "王生有书。谁有书？"}
 LEARNED, TAUGHT, KEPT, TRAINED = (
