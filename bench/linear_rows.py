@@ -2,7 +2,8 @@
 
     python bench/linear_rows.py
 
-Microseconds per product, the median of interleaved repetitions. Every repetition walks over enough copies of the
+Microseconds per product: the best of the interleaved repetitions, because a busy neighbour makes a product on two
+threads a hundred times slower (one thread waits for the other to get its core back). Every repetition walks over enough copies of the
 matrix to fill more than the last-level cache, as a model's layers do: one matrix in a loop would come from the cache.
 `ours` is `ops.linear.linear` as it stands; the other columns are the forms that it chooses from, so that the table
 shows where the thresholds belong.
@@ -11,7 +12,6 @@ shows where the thresholds belong.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 
@@ -55,8 +55,8 @@ def forms() -> dict[str, Callable]:
     }
 
 
-def measure(n: int, k: int, rows: int, rounds: int, seconds: float) -> dict[str, float]:
-    """Median microseconds per product of each form, its result checked against F.linear."""
+def measure(n: int, k: int, rows: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Microseconds per product of each form in each round, its result checked against F.linear."""
     import torch
 
     copies = max(2, CACHE // (n * k * 4))
@@ -78,17 +78,17 @@ def measure(n: int, k: int, rows: int, rounds: int, seconds: float) -> dict[str,
                 for w in weights:
                     form(x, w)
             times[name].append((time.perf_counter() - began) / (loops[name] * copies) * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def main() -> None:
-    p = parser(__doc__, rounds=9)
+    p = parser(__doc__, rounds=25)
     p.add_argument("--rows", type=lambda s: tuple(int(v) for v in s.split(",")), default=ROWS)
     args = p.parse_args()
     import torch
 
     torch.set_num_threads(args.threads)
-    shapes, rows_list, rounds, seconds = SHAPES, args.rows, args.rounds, 0.02
+    shapes, rows_list, rounds, seconds = SHAPES, args.rows, args.rounds, 0.005
     if args.smoke:
         shapes, rows_list, rounds, seconds = ((64, 32),), (1, 2), 2, 1e-4
     print(", ".join(f"{key} {value}" for key, value in (machine() | {"threads": args.threads}).items()))
@@ -97,11 +97,12 @@ def main() -> None:
     with torch.inference_mode():
         for n, k in shapes:
             for rows in rows_list:
-                times = measure(n, k, rows, rounds, seconds)
+                rounds_us = measure(n, k, rows, rounds, seconds)
+                times = {name: min(values) for name, values in rounds_us.items()}
                 best = min(times, key=times.get)
                 cells = " | ".join(f"{times[name]:,.0f}" for name in names)
                 print(f"| {n} x {k} | {rows} | {cells} | {best} | {times['F.linear'] / times['ours']:.2f} |", flush=True)
-                found.append({"n": n, "k": k, "rows": rows, "us": times})
+                found.append({"n": n, "k": k, "rows": rows, "us": rounds_us})
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "table": found}, indent=1) + "\n")
 

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "build": ("zero2llm.lab.api", "build"),
     "chat": ("zero2llm.lab.api", "chat"),
-    "train": ("zero2llm.lab.api", "train"),
+    "run": ("zero2llm.lab.api", "run"),
     "load": ("zero2llm.lab.talk", "load_engine"),
     "load_recipe": ("zero2llm.lab.recipe", "load_recipe"),
     "make_recipe": ("zero2llm.lab.recipe", "make_recipe"),

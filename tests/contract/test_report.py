@@ -252,7 +252,7 @@ def test_a_run_of_one_step_that_broke(tmp_path):
     text = build_report(
         tmp_path, {"stages": [{"name": "pretrain", "seconds": 1.0, "what": "x", "run": "pretrain"}]}
     ).read_text("utf-8")
-    assert "1 steps were skipped" in Page(text).text
+    assert "Skipped steps: 1." in Page(text).text
 
 
 def test_same_results_make_the_same_page_and_leave_nothing_beside_it(full):

@@ -21,7 +21,7 @@ from zero2llm.model.spec import LayerSpec
 
 D, T = 12, 7
 EXACT = dict(atol=1e-12, rtol=1e-12)
-ANGLE = dict(atol=2e-6, rtol=1e-6)  # angles are computed in fp32 by design
+ANGLE = dict(atol=1e-5, rtol=0)  # angles are computed in fp32 by design
 
 
 def randomised(module):

@@ -37,7 +37,7 @@ def same(a, b, tolerance=1e-11):
 def hand_formula(cfg):
     module, x = setup(cfg)
     for seq in (Seq.rows(2, T), Seq.of_segments(SEG)):
-        same(module(x, seq)[0], gqa_by_hand(module, cfg, x, seq), 5e-6)
+        same(module(x, seq)[0], gqa_by_hand(module, cfg, x, seq), 1e-5)
 
 
 def causality(cfg):

@@ -24,7 +24,7 @@ def build(what: str | ModelConfig | Recipe) -> LM:
     return LM(preset(what) if isinstance(what, str) else what)
 
 
-def train(recipe: Recipe | str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
+def run(recipe: Recipe | str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Result:
     """Run one stage; the same as `zero2llm train`."""
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     return run_stage(recipe, resume=resume, overwrite=overwrite, quiet=quiet)

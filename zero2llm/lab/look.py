@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.table import Table
 
@@ -22,13 +23,13 @@ from zero2llm.tokenizers.tokenizer import Tokenizer
 def inspect_recipe(path: Path, overrides: list[str], rows: int, html: Path | None) -> None:
     """Build the recipe's data as training would and show its first batch."""
     recipe = load_recipe(path, overrides)
-    run = Path(recipe.out).with_name(Path(recipe.out).name + "-inspect")
-    _, tokenizer, _, _ = start_model(recipe, run)
-    batch = next(iter(build_sets(recipe, tokenizer, run, World()).train))
-    inspect_terminal(batch, tokenizer, rows)
-    if html is not None:
-        write_atomic(html, inspect_html(batch, tokenizer, rows))
-        console().print(f"wrote {html}", markup=False)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # the run's own folder is not touched
+        _, tokenizer, _, _ = start_model(recipe, Path(scratch))
+        batch = next(iter(build_sets(recipe, tokenizer, Path(scratch), World()).train))
+        inspect_terminal(batch, tokenizer, rows)
+        if html is not None:
+            write_atomic(html, inspect_html(batch, tokenizer, rows))
+            console().print(f"wrote {html}", markup=False)
 
 
 def show_presets(name: str | None) -> None:

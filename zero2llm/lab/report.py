@@ -190,7 +190,7 @@ def inside(runs: Runs) -> list[dict]:
             label = f"{name} against step: {', '.join(title for title, _ in rows)}"
             out.append(figure(charts.panels(rows, label=label), key, title=name))
     if out and (skipped := sum(r.get("skipped") or 0 for _, train, _ in runs for r in train)):
-        out[0]["note"] = f"{skipped:.0f} steps were skipped."
+        out[0]["note"] = f"Skipped steps: {skipped:.0f}."
     return out
 
 
