@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -135,6 +136,7 @@ def collect(run: Journal) -> dict[str, Any]:
     total = sum(record["seconds"] for record in run.records.values())
     return {
         "title": "zero2llm quickstart",
+        "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "seconds": total,
         "peak_rss_mb": max(record["peak_mb"] for record in run.records.values()),
         "fast": run.fast,
