@@ -98,7 +98,9 @@ def hf(shape: Shape, batch: int, cache: str | None) -> Generate:
 
     @torch.inference_mode()
     def generate(n: int) -> None:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, min_new_tokens=n, **extra)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, min_new_tokens=n, **extra
+        )
         assert out.shape[1] == PROMPT + n
 
     return generate
@@ -125,7 +127,9 @@ def litgpt(shape: Shape, batch: int) -> Generate:
             assert base.generate(model, ids[0], PROMPT + n, temperature=0.0, top_k=1, eos_id=None).numel() == PROMPT + n
             return
         greedy = {"temperature": 0.0, "top_k": 1}
-        made = base.batched_generate_fn(model, ids, PROMPT + n, sample_args=greedy, include_prompt=False, include_eos=False)
+        made = base.batched_generate_fn(
+            model, ids, PROMPT + n, sample_args=greedy, include_prompt=False, include_eos=False
+        )
         assert sum(1 for _ in made) >= n - 1
 
     return generate
@@ -146,7 +150,14 @@ def llamacpp(gguf: Path, batch: int, threads: int) -> Generate:
     rows = prompts(Shape(), batch).tolist()
 
     def one(row: list[int], n: int) -> None:
-        ask = {"prompt": row, "n_predict": n, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False, "stream": False}
+        ask = {
+            "prompt": row,
+            "n_predict": n,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "stream": False,
+        }
         reply = server.handle_completions(ask)
         reply = reply if isinstance(reply, dict) else json.loads(reply)
         assert (reply.get("usage") or {}).get("completion_tokens", reply.get("tokens_predicted")) == n, reply

@@ -50,11 +50,15 @@ def main() -> None:
     floor = statistics.median(times["import torch"])
     for name, values in times.items():
         middle = statistics.median(values)
-        print(f"| {name} | {'failed' if name in broken else f'{middle:.2f}'} | {min(values):.2f} | {middle / floor:.2f} |")
+        print(
+            f"| {name} | {'failed' if name in broken else f'{middle:.2f}'} | {min(values):.2f} | {middle / floor:.2f} |"
+        )
     if args.json:
         import json
 
-        args.json.write_text(json.dumps({"machine": machine(), "seconds": times, "failed": sorted(broken)}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine(), "seconds": times, "failed": sorted(broken)}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

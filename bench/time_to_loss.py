@@ -43,7 +43,9 @@ def read_texts(data: list[str]) -> list[str]:
 
             texts += documents((path,), field="text", bad=BadRecords(skip=False))
         elif path.endswith(".jsonl"):
-            texts += [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts += [
+                json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
         else:
             texts.append(Path(path).read_text(encoding="utf-8"))
     return list(dict.fromkeys(texts))
@@ -58,17 +60,23 @@ def prepare(args: argparse.Namespace) -> Path:
     path = args.out / f"tokens-{key}.pt"
     if path.exists():
         return path
-    texts = sorted(read_texts(args.data), key=lambda t: hashlib.sha256(t.encode()).digest())  # an order that mixes the files
+    texts = sorted(
+        read_texts(args.data), key=lambda t: hashlib.sha256(t.encode()).digest()
+    )  # an order that mixes the files
     sizes = itertools.accumulate(len(t.encode()) for t in texts)
     n_valid = sum(size <= args.valid_bytes for size in sizes) + 1
     valid, train = texts[:n_valid], texts[n_valid:]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(train, trainers.BpeTrainer(vocab_size=args.vocab, special_tokens=[EOS], initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        train, trainers.BpeTrainer(vocab_size=args.vocab, special_tokens=[EOS], initial_alphabet=alphabet)
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out / f"tokenizer-{key}.json"))
-    join = lambda docs: torch.tensor([i for e in tokenizer.encode_batch(docs) for i in (0, *e.ids)])  # EOS, document, EOS ...
+    join = lambda docs: torch.tensor(
+        [i for e in tokenizer.encode_batch(docs) for i in (0, *e.ids)]
+    )  # EOS, document, EOS ...
     torch.save({"train": join(train), "valid": join(valid), "valid_bytes": sum(len(t.encode()) for t in valid)}, path)
     return path
 
@@ -86,7 +94,9 @@ class Data:
         saved = torch.load(path)
         self.train, self.valid, self.batch = rows_of(saved["train"], ctx), rows_of(saved["valid"], ctx), rows
         self.order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-        self.valid_bytes = saved["valid_bytes"] * self.valid[:, 1:].numel() / (len(saved["valid"]) - 1)  # a last partial row is not scored
+        self.valid_bytes = (
+            saved["valid_bytes"] * self.valid[:, 1:].numel() / (len(saved["valid"]) - 1)
+        )  # a last partial row is not scored
 
     def batches(self) -> Iterator:
         """Rows in the seed's order, again and again."""
@@ -98,7 +108,9 @@ class Data:
         import torch
 
         with torch.no_grad():
-            nats = sum(float(nats_of(part[:, :-1].contiguous(), part[:, 1:].contiguous())) for part in self.valid.split(8))
+            nats = sum(
+                float(nats_of(part[:, :-1].contiguous(), part[:, 1:].contiguous())) for part in self.valid.split(8)
+            )
         return nats / math.log(2) / self.valid_bytes
 
 
@@ -161,7 +173,13 @@ def ours(args: argparse.Namespace):
         optim = build_optim(model, MuonConfig(lr=lr, adamw_lr=args.adamw_lr))
         full = (Batch(r[:, :-1].contiguous(), r[:, 1:].contiguous(), Seq.rows(len(r), args.ctx)) for r in batches)
         schedule = WSDConfig(decay=args.decay, warmup=0.02)
-        fit(model, CLM(), full, optim, FitConfig(steps=steps, schedule=schedule, micro_rows=args.micro_rows, dtype="fp32"))
+        fit(
+            model,
+            CLM(),
+            full,
+            optim,
+            FitConfig(steps=steps, schedule=schedule, micro_rows=args.micro_rows, dtype="fp32"),
+        )
 
     return model, train, nats_of
 
@@ -221,13 +239,20 @@ def work(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------ the foreground
 
 
-def race(args: argparse.Namespace, tokens: Path, seed: int, runs: dict[str, tuple[float, float, int]]) -> dict[str, dict]:
+def race(
+    args: argparse.Namespace, tokens: Path, seed: int, runs: dict[str, tuple[float, float, int]]
+) -> dict[str, dict]:
     """Train all ``runs`` (name -> lr, seconds, steps) of one seed, in alternating slices. Returns what each reported last."""
     workers, last = {}, {}
     for name, (lr, seconds, steps) in runs.items():
         options = {"tokens": tokens, "seed": seed, "rate": lr, "seconds": seconds, "steps": steps}
         options |= {key: getattr(args, key) for key in ("d", "layers", "heads", "ctx", "vocab", "rows", "decay", "threads", "micro_rows", "marks", "adamw_lr")}  # fmt: skip
-        flat = [text for key, value in options.items() if value is not None for text in (f"--{key.replace('_', '-')}", str(value))]
+        flat = [
+            text
+            for key, value in options.items()
+            if value is not None
+            for text in (f"--{key.replace('_', '-')}", str(value))
+        ]
         workers[name] = Worker(__file__, name.split("@")[0], ["--out", str(args.out), *flat], args.threads)
         if workers[name].result.failed:
             sys.exit(f"{name} failed: {workers[name].result.failed}")
@@ -252,17 +277,35 @@ def reached(marks: list[dict], target: float) -> dict | None:
 
 
 def compare_seeds(args: argparse.Namespace, tokens: Path) -> list[dict]:
-    print("| seed | baseline bpb | steps | s | ours: best bpb | steps to target | s to target | ratio | CPU-s ratio |\n|---|" + "---:|" * 8)
+    print(
+        "| seed | baseline bpb | steps | s | ours: best bpb | steps to target | s to target | ratio | CPU-s ratio |\n|---|"
+        + "---:|" * 8
+    )
     found = []
     for seed in range(1, args.seeds + 1):
-        plan = {"baseline": (args.baseline_lr, args.budget, args.baseline_steps), "ours": (args.ours_lr, args.budget * args.share, args.ours_steps)}
+        plan = {
+            "baseline": (args.baseline_lr, args.budget, args.baseline_steps),
+            "ours": (args.ours_lr, args.budget * args.share, args.ours_steps),
+        }
         both = race(args, tokens, seed, plan)
         final, marks = both["baseline"]["marks"][-1], both["ours"]["marks"]
         hit = reached(marks, final["bpb"])
         cells = [f"{hit['step']}", f"{hit['seconds']:.1f}", f"{hit['seconds'] / final['seconds']:.2f}", f"{hit['cpu'] / final['cpu']:.2f}"] if hit else ["not reached", "", "", ""]  # fmt: skip
         best = min(mark["bpb"] for mark in marks)
-        print(f"| {seed} | {final['bpb']:.4f} | {final['step']} | {final['seconds']:.1f} | {best:.4f} | " + " | ".join(cells) + " |", flush=True)
-        found.append({"seed": seed, "params": {k: v["params"] for k, v in both.items()}, "hit": hit, **{k: v["marks"] for k, v in both.items()}})
+        print(
+            f"| {seed} | {final['bpb']:.4f} | {final['step']} | {final['seconds']:.1f} | {best:.4f} | "
+            + " | ".join(cells)
+            + " |",
+            flush=True,
+        )
+        found.append(
+            {
+                "seed": seed,
+                "params": {k: v["params"] for k, v in both.items()},
+                "hit": hit,
+                **{k: v["marks"] for k, v in both.items()},
+            }
+        )
     print(f"parameters: {found[0]['params']}")
     return found
 
@@ -296,7 +339,15 @@ def options() -> argparse.Namespace:
     p.add_argument("--valid-bytes", type=int, default=200_000)
     p.add_argument("--marks", type=int, default=40, help="evaluations per run")
     p.add_argument("--slice", type=float, default=5.0, help="seconds of a turn")
-    for name, default in {"d": 128, "layers": 4, "heads": 4, "ctx": 256, "vocab": 4096, "rows": 16, "micro-rows": 8}.items():
+    for name, default in {
+        "d": 128,
+        "layers": 4,
+        "heads": 4,
+        "ctx": 256,
+        "vocab": 4096,
+        "rows": 16,
+        "micro-rows": 8,
+    }.items():
         p.add_argument(f"--{name}", type=int, default=default)
     for name, kind in {"tokens": Path, "seed": int, "rate": float, "seconds": float, "steps": int}.items():
         p.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # for the worker

@@ -34,7 +34,10 @@ class Shape:
     rows: int = 16
 
 
-SHAPES = {"mini": Shape(6, 6, 384, 1024), "nano": Shape(4, 4, 128, 512)}  # 12.2M and 1.6M parameters, embedding counted once
+SHAPES = {
+    "mini": Shape(6, 6, 384, 1024),
+    "nano": Shape(4, 4, 128, 512),
+}  # 12.2M and 1.6M parameters, embedding counted once
 CANDIDATES = "hf_llama,hf_llama+mb4,hf_llama+compile,litgpt,litgpt+compile,nanogpt,nanogpt+compile,ours+mb16,ours+mb8,ours+mb4,ours+mb16+compile,ours+mb4+compile"  # fmt: skip
 
 
@@ -124,7 +127,9 @@ def nanogpt(shape: Shape):
             self.up, self.down = nn.Linear(d, hidden, bias=False), nn.Linear(hidden, d, bias=False)
 
         def forward(self, x):
-            q, k, v = (t.unflatten(-1, (shape.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(shape.d, -1))
+            q, k, v = (
+                t.unflatten(-1, (shape.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(shape.d, -1)
+            )
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(o.transpose(1, 2).flatten(2))
             return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -133,7 +138,10 @@ def nanogpt(shape: Shape):
         def __init__(self):
             super().__init__()
             self.embed, self.place = nn.Embedding(shape.vocab, shape.d), nn.Embedding(shape.ctx, shape.d)
-            self.blocks, self.norm = nn.ModuleList(Block() for _ in range(shape.layers)), nn.LayerNorm(shape.d, bias=False)
+            self.blocks, self.norm = (
+                nn.ModuleList(Block() for _ in range(shape.layers)),
+                nn.LayerNorm(shape.d, bias=False),
+            )
             for p in self.parameters():
                 if p.ndim > 1:
                     nn.init.normal_(p, std=0.02)
@@ -183,7 +191,15 @@ def main() -> None:
     if args.worker:
         return work(args.worker, shape, args.threads, units, warmup=1 if args.smoke else 3)
     names = args.candidates.split(",")
-    options = ["--shape", args.shape, "--threads", str(args.threads), "--steps", str(units), *(["--smoke"] if args.smoke else [])]
+    options = [
+        "--shape",
+        args.shape,
+        "--threads",
+        str(args.threads),
+        "--steps",
+        str(units),
+        *(["--smoke"] if args.smoke else []),
+    ]
     results = compare(__file__, names, options, args.rounds, args.threads)
     tokens = shape.rows * shape.ctx
     about = {"shape": args.shape, "tokens per step": tokens, "threads": args.threads, "rounds": args.rounds}

@@ -141,7 +141,12 @@ class Worker:
         self.result = Result(name)
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         # passive: a thread that waits sleeps, instead of burning the core that its neighbour or another process needs
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "passive",
+        }
         command = [sys.executable, script, "--worker", name, *options]
         self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=self.log, text=True, env=env)
         self.result.note = self.read() or {}
@@ -151,7 +156,8 @@ class Worker:
         if not line:
             self.process.wait()
             self.log.seek(0)
-            self.result.failed = " | ".join(self.log.read().strip().splitlines()[-2:]) or "died silently"
+            lines = [line for line in self.log.read().splitlines() if "Error" in line] or ["died without a message"]
+            self.result.failed = lines[-1][:300]
             return None
         return json.loads(line)
 
@@ -194,7 +200,10 @@ def compare(script: str, names: list[str], options: list[str], rounds: int, thre
         for name in names:
             workers.append(Worker(script, name, options, threads))
             made = workers[-1].result
-            print(f"# {name}: " + (f"FAILED: {made.failed}" if made.failed else f"ready after {made.note['ready']} s"), file=sys.stderr)
+            print(
+                f"# {name}: " + (f"FAILED: {made.failed}" if made.failed else f"ready after {made.note['ready']} s"),
+                file=sys.stderr,
+            )
         for _ in range(rounds):
             for worker in workers:
                 if not worker.result.failed:
@@ -208,7 +217,10 @@ def compare(script: str, names: list[str], options: list[str], rounds: int, thre
 def table(results: dict[str, Result], baseline: str, units: float, unit: str, milli: str) -> str:
     """A Markdown table: ``units`` of work (named ``unit``) in the time that a turn reports (called ``milli``)."""
     base = results[baseline]
-    lines = [f"| candidate | {unit}/s | ms/{milli} | x {baseline} (range) | CPU-s x | peak MB | RSS x | others |", "|---|" + "---:|" * 7]
+    lines = [
+        f"| candidate | {unit}/s | ms/{milli} | x {baseline} (range) | CPU-s x | peak MB | RSS x | others |",
+        "|---|" + "---:|" * 7,
+    ]
     for r in results.values():
         if r.failed or not r.turns or not base.turns:
             lines.append(f"| {r.name} | failed: {r.failed or 'no baseline'} |" + " |" * 6)
@@ -237,7 +249,14 @@ def machine() -> dict:
         except PackageNotFoundError:
             pass
     ram = round(psutil.virtual_memory().total / 2**30)
-    return {"date": datetime.date.today().isoformat(), "cpu": cpu, "cores": psutil.cpu_count(), "simd": simd, "ram_gib": ram, **versions}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": psutil.cpu_count(),
+        "simd": simd,
+        "ram_gib": ram,
+        **versions,
+    }
 
 
 def report(args: argparse.Namespace, options: dict, results: dict[str, Result], text: str) -> None:

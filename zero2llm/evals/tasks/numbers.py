@@ -34,7 +34,9 @@ def sort(rng: Random, lang: str) -> Draft:
     digits = rng.sample(range(10), rng.randint(3, 5))
     prompt = rng.choice(SORT[lang]).format(" ".join(map(str, digits)))
     rising = sorted(digits)
-    return Draft(tuple(rising), prompt, " ".join(map(str, rising)), " ".join(map(str, rising[::-1])))
+    slip, at = list(rising), rng.randrange(len(rising) - 1)
+    slip[at : at + 2] = slip[at + 1], slip[at]  # a near miss: a reply that is wrong all over teaches to avoid its digits
+    return Draft(tuple(rising), prompt, " ".join(map(str, rising)), " ".join(map(str, slip)))
 
 
 SUMS = {
