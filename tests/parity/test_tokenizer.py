@@ -185,6 +185,40 @@ def test_a_template_cannot_run_code(tmp_path):
         evil.render([{"role": "user", "content": "x"}])
 
 
+def test_a_copy_keeps_typed_control_strings_as_text():
+    import copy
+    import pickle
+
+    for twin in (copy.deepcopy(_small()), pickle.loads(pickle.dumps(_small()))):
+        assert twin.encode("a<|im_end|>") == _small().encode("a<|im_end|>") and twin.fingerprint() == _small().fingerprint()
+
+
+@pytest.mark.parametrize("token", [-100, -1, 330])
+def test_ids_outside_the_vocabulary_are_refused(token):
+    for call in (lambda: _small().decode([5, token]), lambda: _small().stream().push(token), lambda: _small().show(token)):
+        with pytest.raises(ValueError, match=f"token id {token} is outside"):
+            call()
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ValueError, match="surrogate pair at character 1"):
+        _small().encode("a\ud800")
+
+
+@pytest.mark.parametrize("damage", ["merges", "hole"])
+def test_an_inconsistent_vocabulary_is_refused(tmp_path, damage):
+    _small().save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if damage == "merges":
+        data["model"]["merges"] = data["model"]["merges"][:-5]
+    else:
+        data["model"]["vocab"] = {k: v + 7 * (v == 329) for k, v in data["model"]["vocab"].items()}
+    file.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match="damaged"):
+        Tokenizer.load(tmp_path)
+
+
 def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
         Tokenizer.load(tmp_path)

@@ -72,13 +72,13 @@ def check(messages: Sequence[Message]) -> None:
             raise ValueError(
                 f"message {i} ({message['role']}): content must be a string, not {message.get('content')!r}"
             )
-        if any(mark in message["content"] for mark in (BEGIN, END, BREAK)):
+        if any(mark in v for v in message.values() if isinstance(v, str) for mark in (BEGIN, END, BREAK)):
             raise ValueError(f"message {i} ({message['role']}): holds a character reserved for rendering (U+10FFF0..2)")
 
 
 def _render(template: str, messages: Sequence[Message], specials: Sequence[str], add_generation_prompt: bool) -> str:
     check(messages)
-    broken = [{**m, "content": _break(m["content"], specials)} for m in messages]
+    broken = [{k: _break(v, specials) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
     try:
         return _compile(template).render(messages=broken, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
@@ -86,8 +86,9 @@ def _render(template: str, messages: Sequence[Message], specials: Sequence[str],
 
 
 def _break(text: str, specials: Sequence[str]) -> str:
-    for special in specials:
-        text = text.replace(special, special[0] + BREAK + special[1:])
+    """Typed control strings taken apart, also one whose end the template would add (every default one begins with <|)."""
+    for special in (*specials, "<|"):
+        text = text.replace(special, special[0] + BREAK + special[1:]) if specials else text
     return text
 
 

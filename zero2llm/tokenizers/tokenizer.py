@@ -13,7 +13,7 @@ from typing import Literal
 from tokenizers import Tokenizer as Library
 
 from zero2llm.tokenizers.bpe import BPE, train_bpe
-from zero2llm.tokenizers.bytes import from_chars, readable
+from zero2llm.tokenizers.bytes import alphabet, from_chars, readable
 from zero2llm.tokenizers.chat import Message, chatml, render_spans, render_text
 from zero2llm.tokenizers.fast import assemble, merges_of, split_of, train_library
 from zero2llm.tokenizers.special import DOCUMENT, PAD, SPECIALS, TURN_END, TURN_START
@@ -33,11 +33,13 @@ class Tokenizer:
             raise ValueError(f"the tokenizer lacks the control tokens {', '.join(missing)}")
         self.eos_id, self.pad_id = library.token_to_id(DOCUMENT), library.token_to_id(PAD)
         self.im_start_id, self.im_end_id = library.token_to_id(TURN_START), library.token_to_id(TURN_END)
-        if self.pad_id in (self.eos_id, self.im_end_id):
-            raise ValueError(
-                "pad and end are the same token: masking the padding would mask the end, and the model never stop"
-            )
         self.vocab_size = library.get_vocab_size()
+        merged = len(SPECIALS) + len({*alphabet(), *(a + b for a, b in merges_of(library))})
+        if set(library.get_vocab().values()) != set(range(self.vocab_size)) or merged != self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} entries, but control tokens, bytes and merges make {merged}, or its "
+                "ids have a hole: the file is damaged"
+            )
         self.special_ids = frozenset(library.token_to_id(s) for s in SPECIALS)
         self.stop_ids = frozenset({self.eos_id, self.im_end_id})
 
@@ -100,17 +102,21 @@ class Tokenizer:
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
+    def __reduce__(self):
+        """A copy in another process is built anew: the library forgets that typed control strings are text."""
+        return _rebuild, (self.library.to_str(), self.template)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids. Control strings in ``text`` are text like any other."""
-        return self.library.encode(text, add_special_tokens=False).ids
+        """Token ids. Control strings in ``text`` are text like any other. Raises ValueError for half a surrogate pair."""
+        return self.library.encode(_checked(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The same for many texts, on all cores."""
-        return [e.ids for e in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self.library.encode_batch_fast(list(map(_checked, texts)), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of the ids; bytes that form no character become U+FFFD."""
-        pieces = (self.pieces[i] for i in ids if not (skip_special and i in self.special_ids))
+        """Text of the ids; bytes that form no character become U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        pieces = (self.token_bytes(i) for i in map(int, ids) if not (skip_special and i in self.special_ids))
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     @cached_property
@@ -120,6 +126,8 @@ class Tokenizer:
         return [name.encode() if i in self.special_ids else from_chars(name) for i, name in enumerate(names)]
 
     def token_bytes(self, token: int) -> bytes:
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside the vocabulary 0 .. {self.vocab_size - 1}")
         return self.pieces[token]
 
     def byte_lengths(self) -> list[int]:
@@ -128,7 +136,7 @@ class Tokenizer:
 
     def show(self, token: int) -> str:
         """A token as a person reads it."""
-        return readable(self.pieces[token])
+        return readable(self.token_bytes(token))
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self)
@@ -146,9 +154,9 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of vocabulary, merges and split rule: what token files are checked against."""
-        data = json.loads(self.library.to_str())
-        parts = [data["model"]["vocab"], data["model"]["merges"], data["pre_tokenizer"], data["added_tokens"]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        rule = self.split or json.loads(self.library.to_str())["pre_tokenizer"]
+        merges = [[a.hex(), b.hex()] for a, b in merges_of(self.library)]
+        return hashlib.sha256(json.dumps([SPECIALS, merges, rule], sort_keys=True).encode()).hexdigest()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """A conversation's token ids and loss mask: 1 on what the assistant says and its end of turn.
@@ -167,6 +175,18 @@ class Tokenizer:
         return render_text(self.template, messages, add_generation_prompt=add_generation_prompt)
 
 
+def _rebuild(data: str, template: str) -> Tokenizer:
+    return Tokenizer(Library.from_str(data), template)
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds half a surrogate pair at character {error.start}: {text[error.start]!r}") from None
+    return text
+
+
 class StreamDecoder:
     """Text piece by piece: never half a character. All pieces together equal `Tokenizer.decode`."""
 
@@ -176,7 +196,7 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """What became certain with this token; empty while a character is incomplete."""
-        return self.decoder.decode(self.tokenizer.pieces[token])
+        return self.decoder.decode(self.tokenizer.token_bytes(token))
 
     def flush(self) -> str:
         """The end: an incomplete character becomes U+FFFD."""
