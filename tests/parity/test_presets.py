@@ -72,7 +72,7 @@ def test_a_preset_equals_the_published_model(name):
     assert to_hf_config(from_hf_config(config.to_dict())) == to_hf_config(cfg)  # rotary base, eps, widths, length
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", sorted(OWN))
 def test_our_own_presets_build_small(name):
     count = parameters(preset(name))["total"]
     assert 0.5e6 < count < 20e6 and sum(p.numel() for p in LM(preset(name)).parameters()) == count
