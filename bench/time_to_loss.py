@@ -260,9 +260,7 @@ def race(
         for name, worker in workers.items():
             if name in last:
                 continue
-            worker.process.stdin.write(f"{args.slice}\n")
-            worker.process.stdin.flush()
-            reply = worker.read()
+            reply = worker.ask(str(args.slice))
             if reply is None:
                 sys.exit(f"{name} failed: {worker.result.failed}")
             if reply["done"]:

@@ -156,17 +156,26 @@ class Worker:
         if not line:
             self.process.wait()
             self.log.seek(0)
-            lines = [line for line in self.log.read().splitlines() if "Error" in line] or ["died without a message"]
+            lines = [line for line in self.log.read().splitlines() if "Error" in line] or [
+                f"died with exit code {self.process.returncode}"
+            ]
             self.result.failed = lines[-1][:300]
             return None
         return json.loads(line)
 
+    def ask(self, what: str) -> dict | None:
+        """One line to the worker, one line back; None (and ``result.failed``) if it died."""
+        try:
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `read` finds out why
+        return self.read()
+
     def turn(self) -> None:
         process = psutil.Process(self.process.pid)
         machine, own, began = _busy(), _own(process), time.perf_counter()
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        reply = self.read()
+        reply = self.ask("go")
         if reply is None:
             return
         capacity = psutil.cpu_count() * (time.perf_counter() - began)
@@ -176,10 +185,10 @@ class Worker:
 
     def close(self) -> None:
         if self.process.poll() is None:
-            self.process.stdin.close()
             try:
+                self.process.stdin.close()
                 self.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, BrokenPipeError):
                 self.process.kill()
 
 

@@ -47,12 +47,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             keep = y != IGNORE
             target = y.clamp(min=0)[:, None]
             logits = (h @ cast.t()).float()  # (chunk, V)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += ((lse - logits.gather(1, target)).squeeze(1) * keep).sum()
+            logp = logits.log_softmax(-1)
+            total -= (logp.gather(1, target).squeeze(1) * keep).sum()
             if not (need_h or need_w):
                 continue
-            grad = logits.sub_(lse).exp_()  # softmax, in place
-            grad.scatter_add_(1, target, -torch.ones_like(lse))
+            grad = logp.exp_()  # softmax, in place
+            grad.scatter_add_(1, target, grad.new_full((len(y), 1), -1.0))
             grad = grad.mul_(keep[:, None]).to(dtype)
             if need_h:
                 grad_h[start : start + chunk] = grad @ cast
