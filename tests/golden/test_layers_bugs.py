@@ -163,8 +163,8 @@ def cache_ring_one_too_small(patch):
 
 
 def padding_is_written_to_the_cache(patch):
-    right = KVState._write
-    patch.setattr(KVState, "_write", lambda self, k, v, pos, keep: right(self, k, v, pos, torch.ones_like(keep)))
+    right = KVState._slot
+    patch.setattr(KVState, "_slot", lambda self, pos, keep: right(self, pos, torch.ones_like(keep)))
 
 
 def a_new_document_sees_the_old_cache(patch):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +18,22 @@ class Seq:
 
     pos : (B, T) int64, index of each token inside its own document (the clock; owned by the caller).
     seg : (B, T) int32 document number, 0 = padding; ``None`` = every row is one document without padding.
+    memo : what layers derive from pos and seg (masks, angles, slots), worked out once per forward pass, not per layer.
     """
 
     pos: Tensor
     seg: Tensor | None = None
+    memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """``make()``, remembered under ``key`` as long as this object lives; it may depend on pos, seg and key only."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def fresh(self) -> Seq:
+        """The same rows with nothing remembered: the model takes one per pass, for ``pos`` may change in place."""
+        return Seq(self.pos, self.seg)
 
     @staticmethod
     def rows(batch: int, length: int, start: int = 0, device=None) -> Seq:

@@ -32,11 +32,11 @@ class KVState:
 
     def extend(self, k: Tensor, v: Tensor, seq: Seq, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Remember the new tokens' k, v (B, G, T, K) and return keys, values and mask (B, 1, T, S') to attend to."""
-        real = torch.ones_like(seq.pos, dtype=torch.bool) if seq.seg is None else seq.seg != 0
         if k.shape[2] == 1:  # write first, then look at the slots in place: decoding copies nothing
-            self._write(k, v, seq.pos, real)
-            seen = self._stored_positions(seq.pos)[:, None] >= 0
-            return self.k[:, :, : self.slots], self.v[:, :, : self.slots], seen[:, None]
+            slot, seen = seq.once(("kv", self.slots), lambda: self._clock(seq))
+            self._write(k, v, slot)
+            return self.k[:, :, : self.slots], self.v[:, :, : self.slots], seen
+        real = _real(seq)
         first = real.int().argmax(1, keepdim=True)  # (B, 1) column of each row's first real token
         start = seq.pos.gather(1, first)
         stored = self._stored_positions(start - 1)[:, None]  # (B, 1, S)
@@ -52,7 +52,7 @@ class KVState:
             new = new.triu(1 - window)
         keys, values = torch.cat((self.k[:, :, : self.slots], k), 2), torch.cat((self.v[:, :, : self.slots], v), 2)
         end = torch.where(last, seq.pos, -1).amax(1, keepdim=True)
-        self._write(k, v, seq.pos, last & (seq.pos > end - self.slots))
+        self._write(k, v, self._slot(seq.pos, last & (seq.pos > end - self.slots)))
         return keys, values, torch.cat((old, new), 2)[:, None]
 
     def _stored_positions(self, pos: Tensor) -> Tensor:
@@ -60,8 +60,15 @@ class KVState:
         slot = torch.arange(self.slots, device=pos.device)
         return pos - (pos - slot) % self.slots
 
-    def _write(self, k: Tensor, v: Tensor, pos: Tensor, keep: Tensor) -> None:
-        slot = torch.where(keep, pos % self.slots, self.slots)  # (B, T)
+    def _clock(self, seq: Seq) -> tuple[Tensor, Tensor]:
+        """For one new token a row: its slot (B, 1), and which slots it sees, (B, 1, 1, S)."""
+        return self._slot(seq.pos, _real(seq)), (self._stored_positions(seq.pos)[:, None] >= 0)[:, None]
+
+    def _slot(self, pos: Tensor, keep: Tensor) -> Tensor:
+        """(B, T) slot of each token; what is not to be kept goes to the bin."""
+        return torch.where(keep, pos % self.slots, self.slots)
+
+    def _write(self, k: Tensor, v: Tensor, slot: Tensor) -> None:
         for store, new in ((self.k, k), (self.v, v)):
             index = slot[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
             store.scatter_(2, index, new.to(store.dtype))
@@ -80,3 +87,8 @@ class KVState:
     def nbytes(self) -> int:
         """Bytes of the slots (without the bin)."""
         return (self.k[:, :, 1:].numel() + self.v[:, :, 1:].numel()) * self.k.element_size()
+
+
+def _real(seq: Seq) -> Tensor:
+    """(B, T) bool: not padding."""
+    return torch.ones_like(seq.pos, dtype=torch.bool) if seq.seg is None else seq.seg != 0

@@ -49,6 +49,7 @@ class LM(nn.Module):
         return [block.mixer.init_state(batch, max_len, **where) for block in self.blocks]
 
     def forward(self, tokens: Tensor, seq: Seq, states: list[State] | None = None) -> tuple[Tensor, Aux]:
+        seq = seq.fresh()
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position(seq).to(x.dtype)

@@ -81,7 +81,7 @@ class GQA(nn.Module):
         q, k, v = self.project(x, seq)
         mask = None
         if state is None:
-            mask = visible(seq, self.window)
+            mask = seq.once(("visible", self.window), lambda: visible(seq, self.window))
         else:
             k, v, mask = state.extend(k, v, seq, self.window)
         o = attend(q, k, v, mask)  # (B, H, T, K)

@@ -38,6 +38,9 @@ class RoPE(nn.Module):
         self.rotate = rotate_half_split if layout == "half_split" else rotate_interleaved
 
     def forward(self, q: Tensor, k: Tensor, seq: Seq) -> tuple[Tensor, Tensor]:
-        channel = torch.arange(0, self.head_dim, 2, device=q.device, dtype=torch.float32)
-        cos, sin = angles(seq.pos, self.base ** -(channel / self.head_dim))
+        cos, sin = seq.once(("rope", self.base, self.head_dim), lambda: self.angles(seq))
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+
+    def angles(self, seq: Seq) -> tuple[Tensor, Tensor]:
+        channel = torch.arange(0, self.head_dim, 2, device=seq.pos.device, dtype=torch.float32)
+        return angles(seq.pos, self.base ** -(channel / self.head_dim))
