@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ROWS = 32  # from here on the ordinary kernel is as good
-SMALL = 400_000  # weights up to which waking a second thread costs more than it brings
+SMALL = 250_000  # weights up to which waking a second thread costs more than it brings
 WIDE = 8192  # output rows from which a second, empty column beats the split
 
 
