@@ -204,7 +204,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        faults = error.errors() if type(error).__name__ == "ValidationError" else []  # pydantic's, of an option's value
+        text = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in faults) or str(error)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, OSError) as error:
         if type(error).__name__ != "NonFiniteError" and not isinstance(error, OSError):

@@ -110,6 +110,11 @@ def test_no_checkpoint(tmp_path, capsys, monkeypatch, verb):
     assert "neither a checkpoint" in fails(capsys, monkeypatch, verb[0], tmp_path / "none", *verb[1:])
 
 
+def test_an_impossible_option_is_one_line(tmp_path, capsys, monkeypatch):
+    error = fails(capsys, monkeypatch, "generate", tmp_path, "--prompt", "x", "--temperature", "-1")
+    assert "sampling needs temperature >= 0" in error and "temperature=-1.0" in error
+
+
 def test_quickstart_refuses_a_foreign_folder(tmp_path, capsys, monkeypatch):
     (tmp_path / "x").write_text("mine")
     assert "no quickstart folder" in fails(capsys, monkeypatch, "quickstart", "--out", tmp_path)

@@ -31,4 +31,4 @@ class Sampling:
         }
         for rule, holds in checks.items():
             if not holds:
-                raise ValueError(f"sampling needs {rule}")
+                raise ValueError(f"sampling needs {rule}; got {self}")
