@@ -51,7 +51,7 @@ def test_bits_per_byte_by_hand():
     """Uniform predictions over 8 tokens of 1, 2, 3 and 0 bytes: log2(8) bits each, over the bytes of the targets."""
 
     class Uniform(torch.nn.Module):
-        head_weight = torch.zeros(8, 2)
+        head_weight, logit_softcap = torch.zeros(8, 2), None
         unused = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, tokens, seq):

@@ -12,6 +12,8 @@ from zero2llm.layers.ffns.mlp import MLPConfig
 from zero2llm.layers.mixers.gqa import GQAConfig
 from zero2llm.layers.norms.layer import LayerNormConfig
 from zero2llm.layers.norms.rms import RMSNormConfig
+from zero2llm.layers.contract import Place
+from zero2llm.layers.positions.alibi import ALiBiConfig
 from zero2llm.layers.positions.learned import LearnedConfig
 from zero2llm.layers.positions.none import NoPositionConfig
 from zero2llm.layers.positions.rope import RoPEConfig
@@ -184,7 +186,7 @@ def test_layer_norm(bias):
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_erf", "relu", "relu2"])
 def test_glu(act):
     module, x = randomised(GLUConfig(hidden=5, act=act).build(D)), torch.randn(3, D, dtype=torch.float64)
-    for row, got in zip(x.tolist(), module(x)[0], strict=True):
+    for row, got in zip(x.tolist(), module(x, None)[0], strict=True):
         gate, up = affine(module.gate_proj, row), affine(module.up_proj, row)
         hidden = [act_by_hand(act, a) * b for a, b in zip(gate, up, strict=True)]
         torch.testing.assert_close(got, torch.tensor(affine(module.down_proj, hidden), dtype=torch.float64), **EXACT)
@@ -194,7 +196,7 @@ def test_glu(act):
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_erf", "relu", "relu2"])
 def test_mlp(act, bias):
     module, x = randomised(MLPConfig(hidden=5, act=act, bias=bias).build(D)), torch.randn(3, D, dtype=torch.float64)
-    for row, got in zip(x.tolist(), module(x)[0], strict=True):
+    for row, got in zip(x.tolist(), module(x, None)[0], strict=True):
         hidden = [act_by_hand(act, a) for a in affine(module.up_proj, row)]
         torch.testing.assert_close(got, torch.tensor(affine(module.down_proj, hidden), dtype=torch.float64), **EXACT)
 
@@ -228,6 +230,8 @@ class Half(nn.Module):
 
 
 WIRINGS = {
+    "branch": lambda x, m, f, n: (h := x + n[0](m(x))) + n[1](f(h)),
+    "deepnorm": lambda x, m, f, n: n[1](24**0.25 * (h := n[0](24**0.25 * x + m(x))) + f(h)),
     "pre": lambda x, m, f, n: (h := x + m(n[0](x))) + f(n[1](h)),
     "post": lambda x, m, f, n: n[1]((h := n[0](x + m(x))) + f(h)),
     "sandwich": lambda x, m, f, n: (h := x + n[2](m(n[0](x)))) + n[3](f(n[1](h))),
@@ -237,7 +241,7 @@ WIRINGS = {
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_wirings(wiring):
-    block = randomised(Block(LayerSpec(mixer=GQAConfig(n_heads=2), ffn=GLUConfig(hidden=4), wiring=wiring), D))
+    block = randomised(Block(LayerSpec(mixer=GQAConfig(n_heads=2), ffn=GLUConfig(hidden=4), wiring=wiring), D, Place(3, 12)))
     names = ["mixer_norm", "ffn_norm", "mixer_out_norm", "ffn_out_norm"][: {"parallel": 1, "sandwich": 4}.get(wiring, 2)]
     assert [n for n, _ in block.named_children() if n.endswith("norm")] == names
     norms = []
@@ -251,10 +255,12 @@ def test_wirings(wiring):
     got, aux = block(x, Seq.rows(1, T))
     mixer, ffn = lambda x: 0.5 * x.square() + 1, lambda x: 0.25 * x.square() - 2
     torch.testing.assert_close(got, WIRINGS[wiring](x, mixer, ffn, norms), **EXACT)
-    assert aux["seen"] == 0.75  # summed over both halves
+    assert aux["seen"] == 0.5  # the larger of both halves
 
 
 SMALL = {
+    "gqa sink softcap gate": lambda: GQAConfig(n_heads=4, n_kv_heads=2, sink=True, softcap=2.0, gate=True, position=ALiBiConfig()),
+    "rms plus one": lambda: RMSNormConfig(plus_one=True),
     "gqa": lambda: GQAConfig(n_heads=4, n_kv_heads=2, window=3, qk_norm=True, qkv_bias=True, out_bias=True),
     "gqa rope": lambda: GQAConfig(n_heads=2, n_kv_heads=1, position=RoPEConfig()),
     "glu": lambda: GLUConfig(hidden=5),
@@ -269,7 +275,7 @@ def test_gradients_equal_finite_differences(name):
     module, seq = randomised(SMALL[name]().build(8)), SEQS["packed"]()
     params = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
     x = torch.randn(2, T, 8, dtype=torch.float64, requires_grad=True)
-    more = (seq,) if name.startswith("gqa") else ()
+    more = () if name in ("rms", "rms plus one", "layer") else (seq,)
 
     def run(x, *values):
         out = torch.func.functional_call(module, dict(zip(params, values, strict=True)), (x, *more))

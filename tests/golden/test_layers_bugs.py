@@ -104,11 +104,11 @@ def caught_by():
 
 
 def no_document_mask(patch):
-    patch.setattr(gqa, "visible", lambda seq, window: visible(Seq(seq.pos), window))
+    patch.setattr(gqa, "visible", lambda seq, window, explicit: visible(Seq(seq.pos), window))
 
 
 def sees_one_token_ahead(patch):
-    def wrong(seq, window):
+    def wrong(seq, window, explicit):
         mask = visible(seq, window)
         ahead = torch.ones(seq.pos.shape[1], seq.pos.shape[1], dtype=torch.bool).tril(1).triu(1)
         return ahead.logical_or(torch.ones_like(ahead).tril() if mask is None else mask)
@@ -137,12 +137,12 @@ def window_one_too_wide(patch):
 
 
 def no_scale(patch):
-    patch.setattr(gqa, "attend", lambda q, k, v, mask: attend(q, k, v, mask, scale=1.0))
+    patch.setattr(gqa, "attend", lambda q, k, v, mask, *more: attend(q, k, v, mask, scale=1.0))
 
 
 def tiled_kv_heads(patch):
     wide = lambda x, n: x.repeat(1, n // x.shape[1], 1, 1)
-    patch.setattr(gqa, "attend", lambda q, k, v, mask: attend(q, wide(k, q.shape[1]), wide(v, q.shape[1]), mask))
+    patch.setattr(gqa, "attend", lambda q, k, v, mask, *more: attend(q, wide(k, q.shape[1]), wide(v, q.shape[1]), mask))
 
 
 def norm_after_rotation(patch):

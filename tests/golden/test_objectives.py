@@ -31,13 +31,13 @@ def test_chunked_cross_entropy_by_hand(chunk):
             z = [sum(a * b for a, b in zip(h, w, strict=True)) for w in weight.tolist()]
             top = max(z)
             want += top + math.log(sum(math.exp(x - top) for x in z)) - z[y]
-    assert float(cross_entropy_sum(hidden, weight, labels, chunk).detach()) == pytest.approx(want, rel=1e-6)
+    assert float(cross_entropy_sum(hidden, weight, labels, chunk=chunk).detach()) == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunked_cross_entropy_gradients(chunk):
     hidden, weight, labels = case()
-    got = torch.autograd.grad(3.0 * cross_entropy_sum(hidden, weight, labels, chunk), (hidden, weight))
+    got = torch.autograd.grad(3.0 * cross_entropy_sum(hidden, weight, labels, chunk=chunk), (hidden, weight))
     want = torch.autograd.grad(3.0 * F.cross_entropy(hidden @ weight.t(), labels, ignore_index=IGNORE, reduction="sum"), (hidden, weight))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)  # the chunk's softmax runs in fp32
@@ -47,8 +47,8 @@ def test_chunked_cross_entropy_gradients(chunk):
 def test_forms_agree_and_torch_agrees():
     hidden, weight, labels = case(torch.float32)
     plain = cross_entropy_plain(hidden, weight, labels)
-    torch.testing.assert_close(cross_entropy_sum(hidden, weight, labels, 7), plain, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(-token_logps(hidden, weight, labels, 7).sum(), plain, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(cross_entropy_sum(hidden, weight, labels, chunk=7), plain, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(-token_logps(hidden, weight, labels, chunk=7).sum(), plain, atol=1e-4, rtol=1e-5)
     if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
         theirs = F.linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="sum")
         torch.testing.assert_close(plain, theirs, atol=1e-4, rtol=1e-5)
@@ -64,7 +64,7 @@ def test_all_ignored_is_zero_and_connected():
 def test_token_logps_gradient_with_weights():
     hidden, weight, labels = case()
     coefficient = torch.randn(20, dtype=torch.float64)
-    got = torch.autograd.grad((token_logps(hidden, weight, labels, 7) * coefficient).sum(), (hidden, weight))
+    got = torch.autograd.grad((token_logps(hidden, weight, labels, chunk=7) * coefficient).sum(), (hidden, weight))
     logp = (hidden @ weight.t()).log_softmax(-1)
     keep = labels != IGNORE
     want = torch.autograd.grad((logp[keep, labels[keep]] * coefficient[keep]).sum(), (hidden, weight))
@@ -77,6 +77,7 @@ class Bigram(torch.nn.Module):
 
     def __init__(self, vocab: int = 11, d: int = 4):
         super().__init__()
+        self.logit_softcap = None
         self.table, self.head_weight = torch.nn.Parameter(torch.randn(vocab, d).double()), torch.nn.Parameter(torch.randn(vocab, d).double())
 
     def forward(self, tokens, seq):

@@ -30,7 +30,17 @@ CASES = {  # name -> (mixer, ffn, norm, wiring, added position)
     "post": ({"n_heads": 2, "position": ROPE}, GLU, LAYER, "post", None),
     "sandwich": ({"n_heads": 2, "position": ROPE}, GLU, RMS, "sandwich", None),
     "parallel": ({"n_heads": 2, "position": ROPE}, MLP, LAYER, "parallel", None),
+    "branch": ({"n_heads": 2, "position": ROPE}, GLU, RMS, "branch", None),
+    "deepnorm": ({"n_heads": 2, "position": ROPE}, GLU, LAYER, "deepnorm", None),
+    "mixer alone": ({"n_heads": 2, "position": ROPE}, None, RMS, "sandwich", None),
+    "alibi": ({"n_heads": 6, "n_kv_heads": 2, "head_dim": 4, "window": 9, "position": {"kind": "alibi"}}, GLU, RMS, "pre", None),
+    "sink": ({"n_heads": 4, "n_kv_heads": 2, "sink": True, "window": 5, "position": ROPE}, GLU, RMS, "pre", None),
+    "softcap": ({"n_heads": 4, "n_kv_heads": 2, "softcap": 2.0, "scale": 0.3, "position": ROPE}, GLU, {"kind": "rms", "plus_one": True}, "pre", None),
+    "gate": ({"n_heads": 4, "gate": True, "position": ROPE}, GLU, RMS, "pre", None),
+    "qk-norm over all": ({"n_heads": 4, "n_kv_heads": 2, "qk_norm": True, "qk_norm_span": "all", "qk_norm_plus_one": True, "position": ROPE}, GLU, RMS, "pre", None),
+    "retnet": ({"kind": "retnet", "n_heads": 2, "chunk": 8}, GLU, RMS, "pre", None),
 }
+MORE = {"sandwich": {"embed_scale": 4.0, "embed_norm": LAYER, "logit_softcap": 3.0}}  # name -> other keys of the model
 T = 63
 
 
@@ -39,6 +49,8 @@ def build(name: str, dtype=torch.float64) -> LM:
     mixer, ffn, norm, wiring, position = CASES[name]
     block = {"mixer": {"kind": "gqa", **mixer}, "ffn": ffn, "norm": norm, "wiring": wiring}
     data = {"vocab_size": 29, "d_model": 16, "max_len": 64, "layers": {"pattern": ["b"], "repeat": 2}, "blocks": {"b": block}}
+    if name in MORE:
+        data |= MORE[name]
     model = LM(parse(ModelConfig, data | {"position": position, "final_norm": norm})).to(dtype)
     with torch.no_grad():
         for p in model.parameters():

@@ -184,7 +184,3 @@ def test_summary_is_json_and_agrees_with_its_parts():
     assert report["train_flops_per_token"] == 3 * report["forward_flops_per_token"]
     assert report["state_bytes_per_row"] == cost.state_bytes(cfg, 128)
 
-
-def test_an_unknown_mechanism_is_named():
-    with pytest.raises(ValueError, match="no cost is known for LM"):
-        cost._of(cost.MIXERS, LM(model_config("mha")))

@@ -54,14 +54,14 @@ def test_glu_equals_llama():
     ours, theirs = GLUConfig(hidden=20).build(D), LlamaMLP(LlamaConfig(hidden_size=D, num_attention_heads=4, intermediate_size=20))
     copy(ours, theirs, {f"{n}_proj.weight": f"{n}_proj.weight" for n in ("gate", "up", "down")})
     x = torch.randn(2, 7, D)
-    torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x, None)[0], theirs(x), atol=1e-5, rtol=1e-5)
 
 
 def test_mlp_equals_gpt2():
     ours, theirs = MLPConfig(hidden=20).build(D), GPT2MLP(20, GPT2Config(n_embd=D, resid_pdrop=0.0))
     copy(ours, theirs, {f"{a}_proj.{p}": f"{b}.{p}" for a, b in (("up", "c_fc"), ("down", "c_proj")) for p in ("weight", "bias")})
     x = torch.randn(2, 7, D)
-    torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x, None)[0], theirs(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("silu", "silu"), ("gelu", "gelu_new"), ("gelu_erf", "gelu"), ("relu", "relu"), ("relu2", "relu2")])

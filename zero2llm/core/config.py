@@ -1,4 +1,8 @@
-"""Strict configuration: YAML to frozen dataclasses, where an unknown key is an error that names the nearest one."""
+"""Strict configuration: YAML to frozen dataclasses, where an unknown key is an error that names the nearest one.
+
+Configurations are plain dataclasses; pydantic checks what comes from a file, and is imported only when there is one:
+building its schemas for every mechanism at import would cost each start of the program a quarter of a second.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,29 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, dataclass_transform
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+if TYPE_CHECKING:
+    import yaml
 
 Lines = dict[tuple, str]  # where each key was written: ("train", "steps") -> "recipes/x.yaml, line 12"
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls):
-    """A frozen, keyword-only dataclass whose fields are checked and whose unknown fields are refused."""
-    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+    """A frozen, keyword-only dataclass; read from data, its fields are checked and unknown ones refused."""
+    cls.__pydantic_config__ = {"extra": "forbid"}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+class _ByKind:
+    def __get_pydantic_core_schema__(self, source, handler):
+        from pydantic import Field
+
+        return handler.generate_schema(Annotated[source, Field(discriminator="kind")])
+
+
+by_kind = _ByKind()  # Annotated[A | B, by_kind]: the key `kind` says which
 
 
 def read_yaml(path: str | Path, overrides: typing.Sequence[str] = ()) -> tuple[dict, Lines]:
@@ -28,6 +42,8 @@ def read_yaml(path: str | Path, overrides: typing.Sequence[str] = ()) -> tuple[d
 
     Raises ValueError for a missing file, invalid YAML, a duplicate key or a malformed override.
     """
+    import yaml
+
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -45,6 +61,8 @@ def read_yaml(path: str | Path, overrides: typing.Sequence[str] = ()) -> tuple[d
 
 
 def _construct(node: yaml.Node, at: tuple, lines: Lines, path: Path) -> Any:
+    import yaml
+
     lines[at] = f"{path}, line {node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*at, i), lines, path) for i, child in enumerate(node.value)]
@@ -62,6 +80,8 @@ def _construct(node: yaml.Node, at: tuple, lines: Lines, path: Path) -> Any:
 
 def apply_override(data: dict, lines: Lines, text: str) -> None:
     """Set ``a.b.c=value`` in nested mappings; the value is read as YAML (``[1, 2]``, ``true``, ``3e-4``)."""
+    import yaml
+
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ValueError(f"override {text!r}: write key.sub=value")
@@ -78,6 +98,8 @@ def apply_override(data: dict, lines: Lines, text: str) -> None:
 
 def parse(kind: Any, data: Any, lines: Lines | None = None, source: str = "") -> Any:
     """``data`` as the type ``kind``. Raises ValueError: one line per fault, with file, line, value and fix."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
@@ -149,9 +171,13 @@ def _known_keys(kind: Any, loc: tuple) -> list[str]:
 
 def to_dict(value: Any) -> dict:
     """A configuration as plain JSON-able data, fully resolved; `parse` reads it back to an equal value."""
+    from pydantic import TypeAdapter
+
     return TypeAdapter(type(value)).dump_python(value, mode="json")
 
 
 def json_schema(kind: Any) -> str:
     """JSON schema of a configuration type, for editors that complete and check YAML."""
+    from pydantic import TypeAdapter
+
     return json.dumps(TypeAdapter(kind).json_schema(), indent=2, ensure_ascii=False)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Aux = dict[str, Tensor]  # scalars a layer reports, summed over tokens; keys ending in "_loss" join the objective
+Aux = dict[str, Tensor]  # scalars a layer reports, means over tokens; keys ending in "_loss" join the objective
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Seq:
 
     pos : (B, T) int64, index of each token inside its own document (the clock; owned by the caller).
     seg : (B, T) int32 document number, 0 = padding; ``None`` = every row is one document without padding.
-    memo : what layers derive from pos and seg (masks, angles, slots), worked out once per forward pass, not per layer.
+    memo : what layers derive from pos and seg (masks, angles, slots), worked out once per forward pass, not per layer;
+        and what a layer hands to later ones of the same pass (RWKV-7's first values).
     """
 
     pos: Tensor
@@ -75,9 +76,10 @@ class State(Protocol):
 
 
 def merge_aux(parts: list[Aux]) -> Aux:
-    """Sum what several layers report under the same key."""
+    """What several layers report under the same key: losses add up, of anything else the largest is kept."""
     total: Aux = {}
     for part in parts:
         for key, value in part.items():
-            total[key] = total[key] + value if key in total else value
+            both = torch.add if key.endswith("_loss") else torch.maximum
+            total[key] = both(total[key], value) if key in total else value
     return total

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
-from zero2llm.core.config import config, json_schema, parse, read_yaml, to_dict
+from zero2llm.core.config import by_kind, config, json_schema, parse, read_yaml, to_dict
 from zero2llm.model.presets import PRESETS, preset
 from zero2llm.model.spec import ModelConfig
 from zero2llm.optim.adamw import AdamWConfig
@@ -18,7 +16,7 @@ from zero2llm.train.fit import FitConfig
 from zero2llm.train.objectives.clm import CLMConfig
 from zero2llm.train.objectives.dpo import DPOConfig
 
-ObjectiveConfig = Annotated[CLMConfig | DPOConfig, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[CLMConfig | DPOConfig, by_kind]
 
 
 @config

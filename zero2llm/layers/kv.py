@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from zero2llm.core.seq import Seq
+
+
+class Seen(NamedTuple):
+    """k, v : (B, G, S, K) keys and values.  mask : (B, 1, T, S) bool, True = may see.  pos : (B, S) the keys' positions."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+    pos: Tensor
 
 
 class KVState:
@@ -30,12 +41,12 @@ class KVState:
     def slots(self) -> int:
         return self.k.shape[2] - 1
 
-    def extend(self, k: Tensor, v: Tensor, seq: Seq, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Remember the new tokens' k, v (B, G, T, K) and return keys, values and mask (B, 1, T, S') to attend to."""
+    def extend(self, k: Tensor, v: Tensor, seq: Seq, window: int | None) -> Seen:
+        """Remember the new tokens' k, v (B, G, T, K) and return what each of them attends to."""
         if k.shape[2] == 1:  # write first, then look at the slots in place: decoding copies nothing
-            slot, seen = seq.once(("kv", self.slots), lambda: self._clock(seq))
+            slot, seen, pos = seq.once(("kv", self.slots), lambda: self._clock(seq))
             self._write(k, v, slot)
-            return self.k[:, :, : self.slots], self.v[:, :, : self.slots], seen
+            return Seen(self.k[:, :, : self.slots], self.v[:, :, : self.slots], seen, pos)
         real = _real(seq)
         first = real.int().argmax(1, keepdim=True)  # (B, 1) column of each row's first real token
         start = seq.pos.gather(1, first)
@@ -53,16 +64,17 @@ class KVState:
         keys, values = torch.cat((self.k[:, :, : self.slots], k), 2), torch.cat((self.v[:, :, : self.slots], v), 2)
         end = torch.where(last, seq.pos, -1).amax(1, keepdim=True)
         self._write(k, v, self._slot(seq.pos, last & (seq.pos > end - self.slots)))
-        return keys, values, torch.cat((old, new), 2)[:, None]
+        return Seen(keys, values, torch.cat((old, new), 2)[:, None], torch.cat((stored[:, 0], seq.pos), 1))
 
     def _stored_positions(self, pos: Tensor) -> Tensor:
         """(B, S) position that each slot holds once ``pos`` (B, 1) is the latest; negative = nothing yet."""
         slot = torch.arange(self.slots, device=pos.device)
         return pos - (pos - slot) % self.slots
 
-    def _clock(self, seq: Seq) -> tuple[Tensor, Tensor]:
-        """For one new token a row: its slot (B, 1), and which slots it sees, (B, 1, 1, S)."""
-        return self._slot(seq.pos, _real(seq)), (self._stored_positions(seq.pos)[:, None] >= 0)[:, None]
+    def _clock(self, seq: Seq) -> tuple[Tensor, Tensor, Tensor]:
+        """For one new token a row: its slot (B, 1), which slots it sees (B, 1, 1, S), and their positions (B, S)."""
+        stored = self._stored_positions(seq.pos)
+        return self._slot(seq.pos, _real(seq)), (stored >= 0)[:, None, None], stored
 
     def _slot(self, pos: Tensor, keep: Tensor) -> Tensor:
         """(B, T) slot of each token; what is not to be kept goes to the bin."""

@@ -1,118 +1,45 @@
 """What a model costs, from its configuration alone: parameters, FLOPs, decoding state, memory of training.
 
-A multiply-add counts as 2 FLOPs; norms, activations and rotations (under 1 % from D = 512 on) are left out. One small
-function per mechanism says what one layer of it costs; a new mechanism adds a function and a line in the tables.
+A multiply-add counts as 2 FLOPs; norms, activations and rotations (under 1 % from D = 512 on) are left out. What one
+layer of a mechanism costs stands on its page, in its config's ``cost``; here it is added up.
 Sources: 6 N per trained token, 2001.08361 section 2.1; attention over the keys that are really seen, not all T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from zero2llm.layers.ffns.glu import GLUConfig
-from zero2llm.layers.ffns.mlp import MLPConfig
-from zero2llm.layers.mixers.gqa import GQAConfig
-from zero2llm.layers.norms.layer import LayerNormConfig
-from zero2llm.layers.norms.rms import RMSNormConfig
-from zero2llm.layers.positions.learned import LearnedConfig
-from zero2llm.layers.positions.none import NoPositionConfig
-from zero2llm.layers.positions.rope import RoPEConfig
-from zero2llm.layers.positions.sinusoidal import SinusoidalConfig
+from zero2llm.layers.contract import Cost
 from zero2llm.model.spec import LayerSpec, ModelConfig
 
-
-@dataclass(frozen=True)
-class Cost:
-    """One layer of one mechanism. Counts of values, not bytes.
-
-    params : parameters.  flops : per token, whatever the context.  flops_per_key : per token and token that it sees.
-    window : tokens seen and stored at most, None = all.  state : values kept per stored token while decoding.
-    fixed_state : values kept per row whatever its length.  saved : values per token that autograd keeps for backward.
-    """
-
-    params: int
-    flops: int = 0
-    flops_per_key: int = 0
-    window: int | None = None
-    state: int = 0
-    fixed_state: int = 0
-    saved: int = 0
-
-
-def gqa(cfg: GQAConfig, d: int) -> Cost:
-    """Saved: the input, q and k around the QK-norm with a scale each, cos and sin, q k v, output, logsumexp."""
-    h, g, k = cfg.n_heads, cfg.n_kv_heads or cfg.n_heads, cfg.head_dim or d // cfg.n_heads
-    weights = d * k * (2 * h + 2 * g)
-    biases = cfg.qkv_bias * k * (h + 2 * g) + cfg.out_bias * d
-    normed = 2 * (h + g) * k + h + g if cfg.qk_norm else 0
-    saved = d + normed + _of(ROTARY, cfg.position)(k) + 2 * h * k + 2 * g * k + h
-    return Cost(weights + biases + cfg.qk_norm * 2 * k, 2 * weights, 4 * h * k, cfg.window, 2 * g * k, saved=saved)
-
-
-def glu(cfg: GLUConfig, d: int) -> Cost:
-    """Saved: the input, gate, act(gate), up and their product."""
-    return Cost(3 * d * cfg.hidden, 6 * d * cfg.hidden, saved=d + 4 * cfg.hidden)
-
-
-def mlp(cfg: MLPConfig, d: int) -> Cost:
-    """Saved: the input, up and act(up); relu keeps its result alone."""
-    weights = 2 * d * cfg.hidden
-    hidden = cfg.hidden if cfg.act == "relu" else 2 * cfg.hidden
-    return Cost(weights + cfg.bias * (cfg.hidden + d), 2 * weights, saved=d + hidden)
-
-
-def rms_norm(cfg: RMSNormConfig, d: int) -> Cost:
-    """Saved: the input, its root mean square and their quotient."""
-    return Cost(d, saved=2 * d + 1)
-
-
-def layer_norm(cfg: LayerNormConfig, d: int) -> Cost:
-    """Saved: the input, mean and deviation."""
-    return Cost(d + cfg.bias * d, saved=d + 2)
-
-
-MIXERS: dict[type, Callable[[Any, int], Cost]] = {GQAConfig: gqa}
-FFNS: dict[type, Callable[[Any, int], Cost]] = {GLUConfig: glu, MLPConfig: mlp}
-NORMS: dict[type, Callable[[Any, int], Cost]] = {RMSNormConfig: rms_norm, LayerNormConfig: layer_norm}
-ROTARY: dict[type, Callable[[int], int]] = {NoPositionConfig: lambda k: 0, RoPEConfig: lambda k: k}  # cos and sin
-ADDED: dict[type, Callable[[ModelConfig], int]] = {
-    type(None): lambda cfg: 0,
-    LearnedConfig: lambda cfg: cfg.max_len * cfg.d_model,
-    SinusoidalConfig: lambda cfg: 0,
-}
-N_NORMS = {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}
-
-
-def _of(table: dict[type, Callable], cfg: Any) -> Callable:
-    if type(cfg) not in table:
-        raise ValueError(f"no cost is known for {type(cfg).__name__}; add it to model/cost.py")
-    return table[type(cfg)]
+N_NORMS = {"pre": 1, "post": 1, "branch": 1, "deepnorm": 1, "sandwich": 2}  # for each of the two branches
 
 
 def layer_costs(spec: LayerSpec, d: int) -> tuple[Cost, Cost, Cost, int]:
     """(mixer, feed-forward, one norm, how many norms) of a block."""
-    mixer, ffn = _of(MIXERS, spec.mixer)(spec.mixer, d), _of(FFNS, spec.ffn)(spec.ffn, d)
-    return mixer, ffn, _of(NORMS, spec.norm)(spec.norm, d), N_NORMS[spec.wiring]
+    ffn = spec.ffn.cost(d) if spec.ffn else Cost(0, saved=0)
+    norms = 1 if spec.wiring == "parallel" else N_NORMS[spec.wiring] * (1 + (spec.ffn is not None))
+    return spec.mixer.cost(d), ffn, spec.norm.cost(d), norms
 
 
 def parameters(cfg: ModelConfig) -> dict:
-    """total, embedding (tokens, learned positions, untied head), non_embedding, by_component. A tied head counts once."""
+    """total, active (what one token meets), embedding (tokens, learned positions, untied head), non_embedding,
+    by_component. A tied head counts once."""
     d, vocab = cfg.d_model, cfg.vocab_size * cfg.d_model
     layers = [layer_costs(spec, d) for spec in cfg.specs()]
     parts = {
         "embed": vocab,
-        "position": _of(ADDED, cfg.position)(cfg),
+        "position": cfg.position.cost(cfg.d_model, cfg.max_len).params if cfg.position else 0,
         "mixer": sum(mixer.params for mixer, _, _, _ in layers),
         "ffn": sum(ffn.params for _, ffn, _, _ in layers),
         "norm": sum(norm.params * n for _, _, norm, n in layers),
         "head": 0 if cfg.tie_embeddings else vocab,
     }
-    if cfg.final_norm is not None:
-        parts["norm"] += _of(NORMS, cfg.final_norm)(cfg.final_norm, d).params
+    parts["norm"] += sum(norm.cost(d).params for norm in (cfg.embed_norm, cfg.final_norm) if norm)
     total, embedding = sum(parts.values()), parts["embed"] + parts["position"] + parts["head"]
-    return {"total": total, "embedding": embedding, "non_embedding": total - embedding, "by_component": parts}
+    idle = sum(ffn.params - ffn.active for _, ffn, _, _ in layers if ffn.active is not None)
+    return {
+        "total": total, "active": total - idle, "embedding": embedding, "non_embedding": total - embedding,
+        "by_component": parts,
+    }  # fmt: skip
 
 
 def keys_seen(length: int, window: int | None) -> int:
@@ -163,7 +90,7 @@ def state_bytes_per_token(cfg: ModelConfig, bytes_per_value: int = 2) -> list[tu
 
 def state_bytes(cfg: ModelConfig, tokens: int, bytes_per_value: int = 2) -> int:
     """Decoding state of one row that may grow to ``tokens`` tokens."""
-    fixed = sum(layer_costs(spec, cfg.d_model)[0].fixed_state for spec in cfg.specs()) * bytes_per_value
+    fixed = sum(layer_costs(spec, cfg.d_model)[0].fixed_state for spec in cfg.specs()) * max(4, bytes_per_value)
     return fixed + sum(
         b * (tokens if w is None else min(w, tokens)) for b, w in state_bytes_per_token(cfg, bytes_per_value)
     )
@@ -177,8 +104,9 @@ def activation_bytes(
     *,
     packed: bool = False,
     recompute: bool = False,
-) -> int:
-    """What autograd keeps between forward and backward, at one number format (measured on eager torch, CPU).
+) -> int | None:
+    """What autograd keeps between forward and backward, at one number format (measured on eager torch, CPU); None where
+    a mechanism has no model of it.
 
     Counted: every tensor saved in the blocks and the final norm, the hidden states that the loss reads, the token ids
     (int64), and length^2 values a row for the mask of each layer with a window, or of all when ``packed``.
@@ -188,16 +116,18 @@ def activation_bytes(
     d, inside = cfg.d_model, []
     for spec in cfg.specs():
         mixer, ffn, norm, n = layer_costs(spec, d)
+        if None in (mixer.saved, ffn.saved, norm.saved):
+            return None
         mask = length if packed or mixer.window is not None else 0
         inside.append(mixer.saved + ffn.saved + norm.saved * n - _shared(spec, d) + mask)
     blocks = len(inside) * d + max(inside) if recompute else sum(inside)
-    final = d + (_of(NORMS, cfg.final_norm)(cfg.final_norm, d).saved if cfg.final_norm else 0)
+    final = d + (cfg.final_norm.cost(d).saved if cfg.final_norm else 0)
     return batch * length * ((blocks + final) * bytes_per_value + 8)
 
 
 def _shared(spec: LayerSpec, d: int) -> int:
     """Values counted twice: in a parallel block both branches keep the same normalised input."""
-    return d if spec.wiring == "parallel" else 0
+    return d if spec.wiring == "parallel" and spec.ffn else 0
 
 
 def optimizer_bytes(cfg: ModelConfig, values_per_parameter: int = 2, bytes_per_value: int = 4) -> int:

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zero2llm.core.seq import Aux, Seq, State, merge_aux
+from zero2llm.layers.contract import Place
 from zero2llm.layers.linear import Linear
 from zero2llm.model.block import Block
 from zero2llm.model.init import init_weights
 from zero2llm.model.spec import ModelConfig
 from zero2llm.ops.linear import linear
+from zero2llm.ops.xent import cap
 
 
 class LM(nn.Module):
@@ -26,7 +28,9 @@ class LM(nn.Module):
         self.cfg, self.recompute = cfg, False
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.position = cfg.position.build(cfg.d_model, cfg.max_len) if cfg.position else None
-        self.blocks = nn.ModuleList(Block(spec, cfg.d_model) for spec in cfg.specs())
+        self.embed_norm = cfg.embed_norm.build(cfg.d_model) if cfg.embed_norm else None
+        specs = cfg.specs()
+        self.blocks = nn.ModuleList(Block(spec, cfg.d_model, Place(i, len(specs))) for i, spec in enumerate(specs))
         self.final_norm = cfg.final_norm.build(cfg.d_model) if cfg.final_norm else nn.Identity()
         self.head = None if cfg.tie_embeddings else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         init_weights(self, cfg.init)
@@ -35,6 +39,10 @@ class LM(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, D) output projection; the embedding itself when tied."""
         return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return self.cfg.logit_softcap
 
     @staticmethod
     def clone(model: LM) -> LM:
@@ -46,13 +54,17 @@ class LM(nn.Module):
     def init_states(self, batch: int, max_len: int) -> list[State]:
         """Empty memory of every layer for ``batch`` rows of up to ``max_len`` tokens."""
         where = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
-        return [block.mixer.init_state(batch, max_len, **where) for block in self.blocks]
+        return [block.init_state(batch, max_len, **where) for block in self.blocks]
 
     def forward(self, tokens: Tensor, seq: Seq, states: list[State] | None = None) -> tuple[Tensor, Aux]:
         seq = seq.fresh()
         x = self.embed(tokens)
+        if self.cfg.embed_scale is not None:  # rounded to the model's dtype, as in the original
+            x = x * torch.tensor(self.cfg.embed_scale, dtype=x.dtype)
         if self.position is not None:
             x = x + self.position(seq).to(x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         parts = []
         for i, block in enumerate(self.blocks):
             if self.recompute and states is None and torch.is_grad_enabled():
@@ -63,4 +75,4 @@ class LM(nn.Module):
         return self.final_norm(x), merge_aux(parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.head_weight)
+        return cap(linear(hidden, self.head_weight), self.cfg.logit_softcap)

@@ -9,7 +9,7 @@ from zero2llm.layers.norms.rms import RMSNormConfig
 from zero2llm.layers.positions.catalog import AddedConfig
 from zero2llm.model.catalog import FfnConfig, MixerConfig, NormConfig
 
-Wiring = Literal["pre", "post", "sandwich", "parallel"]
+Wiring = Literal["pre", "post", "sandwich", "parallel", "branch", "deepnorm"]
 
 
 @config
@@ -17,7 +17,7 @@ class LayerSpec:
     """One block: which mixer, which feed-forward, which norm, and how the residual stream runs through them."""
 
     mixer: MixerConfig
-    ffn: FfnConfig
+    ffn: FfnConfig | None = None  # None: the mixer is the whole block, as in Mamba
     norm: NormConfig = RMSNormConfig()
     wiring: Wiring = "pre"
 
@@ -48,8 +48,11 @@ class ModelConfig:
     layers: LayerPattern
     blocks: dict[str, LayerSpec]
     position: AddedConfig | None = None  # added to the embedding; rotary positions stand in the mixer
+    embed_scale: float | None = None  # embeddings times this: sqrt(d_model) in Gemma
+    embed_norm: NormConfig | None = None  # behind the embedding: RWKV
     final_norm: NormConfig | None = RMSNormConfig()
     tie_embeddings: bool = True
+    logit_softcap: float | None = None  # logits z become c tanh(z / c): Gemma 2
     init: InitConfig = InitConfig()
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Cross-entropy from hidden states, in chunks: the (tokens, vocabulary) logits never stand in memory at once.
 
-    loss = sum_i  logsumexp(W h_i) - (W h_i)[y_i]          over the positions with y_i != IGNORE
+    loss = sum_i  logsumexp(z_i) - z_i[y_i],  z_i = cap(W h_i)         over the positions with y_i != IGNORE
+    cap(z) = c tanh(z / c) with a soft-cap c (Gemma 2), else z
 
 Source: the idea of Liger (arXiv 2410.10989): the gradient of the chunk's logits, softmax - onehot, is known as soon
 as the chunk is, so `cross_entropy_sum` makes both gradients in the forward pass and keeps only those. `token_logps`
@@ -21,18 +22,24 @@ from zero2llm.core.batch import IGNORE
 CHUNK = 1024  # tokens; at V = 4,096 a chunk's fp32 logits are 16 MB
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, chunk: int = CHUNK
+) -> Tensor:
     """Summed loss in nats, a scalar in fp32.
 
     hidden (..., D), weight (V, D), labels (...) int64 with IGNORE where no loss is wanted. All positions ignored: 0,
     still connected to the graph with zero gradients.
     """
-    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk)
+    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), softcap, chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
         dtype = (
             torch.get_autocast_dtype(hidden.device.type)
@@ -46,14 +53,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h, y = hidden[start : start + chunk].to(dtype), labels[start : start + chunk]
             keep = y != IGNORE
             target = y.clamp(min=0)[:, None]
-            logits = (h @ cast.t()).float()  # (chunk, V)
+            logits = cap((h @ cast.t()).float(), softcap)  # (chunk, V)
+            slope = None if softcap is None else 1 - (logits / softcap).square()  # d cap / d logits
             logp = logits.log_softmax(-1)
             total -= (logp.gather(1, target).squeeze(1) * keep).sum()
             if not (need_h or need_w):
                 continue
             grad = logp.exp_()  # softmax, in place
             grad.scatter_add_(1, target, grad.new_full((len(y), 1), -1.0))
-            grad = grad.mul_(keep[:, None]).to(dtype)
+            grad = grad.mul_(keep[:, None] if slope is None else slope.mul_(keep[:, None])).to(dtype)
             if need_h:
                 grad_h[start : start + chunk] = grad @ cast
             if need_w:
@@ -65,25 +73,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_h, grad_w = ctx.saved_tensors
         scale = lambda g: None if g is None else g * grad.to(g.dtype)
-        return scale(grad_h), scale(grad_w), None, None
+        return scale(grad_h), scale(grad_w), None, None, None
 
 
-def cross_entropy_plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_plain(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
     """The definition: the reference twin of `cross_entropy_sum`, and the better form inside torch.compile."""
-    logits = F.linear(hidden, weight).reshape(-1, len(weight)).float()
+    logits = cap(F.linear(hidden, weight).reshape(-1, len(weight)).float(), softcap)
     return F.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
 
 
-def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+def token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, chunk: int = CHUNK
+) -> Tensor:
     """log p(label) of each position in nats, labels' shape, fp32; 0 where the label is IGNORE."""
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     parts = [
-        checkpoint(_chunk_logps, h, weight, t, use_reentrant=False)
+        checkpoint(_chunk_logps, h, weight, t, softcap, use_reentrant=False)
         for h, t in zip(flat.split(chunk), y.split(chunk), strict=True)
     ]
     return torch.cat(parts).reshape(labels.shape)
 
 
-def _chunk_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight).float()
+def _chunk_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    logits = cap(F.linear(hidden, weight).float(), softcap)
     return -F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from zero2llm.core.config import by_kind
 from zero2llm.optim.adamw import AdamW, AdamWConfig
 from zero2llm.optim.muon import Muon, MuonConfig
 
-OptimConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+OptimConfig = Annotated[AdamWConfig | MuonConfig, by_kind]
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:

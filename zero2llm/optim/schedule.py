@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from zero2llm.core.config import config
+from zero2llm.core.config import by_kind, config
 
 
 @config
@@ -58,4 +56,4 @@ class ConstantConfig:
         return (step + 1) / w if step < w else 1.0
 
 
-ScheduleConfig = Annotated[CosineConfig | WSDConfig | ConstantConfig, Field(discriminator="kind")]
+ScheduleConfig = Annotated[CosineConfig | WSDConfig | ConstantConfig, by_kind]

@@ -13,8 +13,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from zero2llm.core.config import config
-from zero2llm.core.seq import Aux
+from zero2llm.core.seq import Aux, Seq, State
 from zero2llm.layers.activations import ACTIVATIONS, Activation
+from zero2llm.layers.contract import Cost
 from zero2llm.layers.linear import Linear
 
 
@@ -29,6 +30,11 @@ class GLUConfig:
             raise ValueError(f"hidden = {self.hidden} must be positive")
         return GLU(d_model, self.hidden, self.act)
 
+    def cost(self, d_model: int) -> Cost:
+        """Saved: the input, gate, act(gate), up and their product."""
+        weights = 3 * d_model * self.hidden
+        return Cost(weights, 2 * weights, saved=d_model + 4 * self.hidden)
+
 
 class GLU(nn.Module):
     tp: ClassVar = {"gate_proj": "col", "up_proj": "col", "down_proj": "row"}
@@ -40,5 +46,5 @@ class GLU(nn.Module):
         self.down_proj = Linear(hidden, d_model, bias=False)
         self.act = ACTIVATIONS[act]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
+    def forward(self, x: Tensor, seq: Seq, state: State | None = None) -> tuple[Tensor, Aux]:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)), {}

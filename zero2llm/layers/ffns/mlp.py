@@ -13,8 +13,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from zero2llm.core.config import config
-from zero2llm.core.seq import Aux
+from zero2llm.core.seq import Aux, Seq, State
 from zero2llm.layers.activations import ACTIVATIONS, Activation
+from zero2llm.layers.contract import Cost
 from zero2llm.layers.linear import Linear
 
 
@@ -30,6 +31,12 @@ class MLPConfig:
             raise ValueError(f"hidden = {self.hidden} must be positive")
         return MLP(d_model, self.hidden, self.act, self.bias)
 
+    def cost(self, d_model: int) -> Cost:
+        """Saved: the input, up and act(up); relu keeps its result alone."""
+        weights = 2 * d_model * self.hidden
+        saved = d_model + self.hidden * (1 if self.act == "relu" else 2)
+        return Cost(weights + self.bias * (self.hidden + d_model), 2 * weights, saved=saved)
+
 
 class MLP(nn.Module):
     tp: ClassVar = {"up_proj": "col", "down_proj": "row"}
@@ -40,5 +47,5 @@ class MLP(nn.Module):
         self.down_proj = Linear(hidden, d_model, bias=bias)
         self.act = ACTIVATIONS[act]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
+    def forward(self, x: Tensor, seq: Seq, state: State | None = None) -> tuple[Tensor, Aux]:
         return self.down_proj(self.act(self.up_proj(x))), {}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zero2llm.core.config import config
+from zero2llm.layers.contract import Cost
 
 
 @config
@@ -24,6 +25,10 @@ class LayerNormConfig:
 
     def build(self, d_model: int) -> LayerNorm:
         return LayerNorm(d_model, self.eps, self.bias)
+
+    def cost(self, d_model: int) -> Cost:
+        """Saved: the input, mean and deviation."""
+        return Cost(d_model + self.bias * d_model, saved=d_model + 2)
 
 
 class LayerNorm(nn.Module):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
+from zero2llm.core.config import by_kind
+from zero2llm.layers.positions.alibi import ALiBiConfig
 from zero2llm.layers.positions.learned import LearnedConfig
 from zero2llm.layers.positions.none import NoPositionConfig
 from zero2llm.layers.positions.rope import RoPEConfig
 from zero2llm.layers.positions.sinusoidal import SinusoidalConfig
 
-RotaryConfig = Annotated[NoPositionConfig | RoPEConfig, Field(discriminator="kind")]
-AddedConfig = Annotated[LearnedConfig | SinusoidalConfig, Field(discriminator="kind")]
+RotaryConfig = Annotated[NoPositionConfig | RoPEConfig, by_kind]  # turns queries and keys
+AttentionPositionConfig = Annotated[NoPositionConfig | RoPEConfig | ALiBiConfig, by_kind]  # or biases the scores
+AddedConfig = Annotated[LearnedConfig | SinusoidalConfig, by_kind]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zero2llm.core.config import config
 from zero2llm.core.seq import Seq
+from zero2llm.layers.contract import Cost
 
 
 @config
@@ -21,6 +22,9 @@ class LearnedConfig:
 
     def build(self, d_model: int, max_len: int) -> Learned:
         return Learned(d_model, max_len)
+
+    def cost(self, d_model: int, max_len: int) -> Cost:
+        return Cost(d_model * max_len)
 
 
 class Learned(nn.Module):

@@ -14,7 +14,7 @@ from zero2llm.core.seq import Seq
 class NoPositionConfig:
     kind: Literal["none"] = "none"
 
-    def build(self, width: int) -> NoPosition:
+    def build(self, head_dim: int, n_heads: int = 1) -> NoPosition:
         return NoPosition()
 
 

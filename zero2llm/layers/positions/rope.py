@@ -25,7 +25,7 @@ class RoPEConfig:
     base: float = 10_000.0
     layout: Literal["half_split", "interleaved"] = "half_split"
 
-    def build(self, head_dim: int) -> RoPE:
+    def build(self, head_dim: int, n_heads: int = 1) -> RoPE:
         if head_dim % 2:
             raise ValueError(f"rope rotates pairs of channels: head_dim = {head_dim} must be even")
         return RoPE(head_dim, self.base, self.layout)

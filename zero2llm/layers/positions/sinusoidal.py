@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zero2llm.core.config import config
 from zero2llm.core.seq import Seq
+from zero2llm.layers.contract import Cost
 
 
 @config
@@ -25,6 +26,9 @@ class SinusoidalConfig:
         if d_model % 2:
             raise ValueError(f"sinusoidal positions pair channels: d_model = {d_model} must be even")
         return Sinusoidal(d_model)
+
+    def cost(self, d_model: int, max_len: int) -> Cost:
+        return Cost(0)
 
 
 class Sinusoidal(nn.Module):

@@ -31,7 +31,7 @@ class CLM:
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         hidden, aux = model(batch.tokens, batch.seq)
         entropy = cross_entropy_plain if torch.compiler.is_compiling() else cross_entropy_sum
-        nats = entropy(hidden, model.head_weight, batch.labels)
+        nats = entropy(hidden, model.head_weight, batch.labels, model.logit_softcap)
         count = (batch.labels != IGNORE).sum()
         total = nats
         for name, value in aux.items():

@@ -43,7 +43,7 @@ class DPOConfig:
 def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
     """(B,) fp32 sum of log p over each row's labelled tokens, in nats."""
     hidden, _ = model(batch.tokens, batch.seq)
-    return token_logps(hidden, model.head_weight, batch.labels).sum(-1)
+    return token_logps(hidden, model.head_weight, batch.labels, model.logit_softcap).sum(-1)
 
 
 def preference_loss(
