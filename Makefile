@@ -25,8 +25,9 @@ lint: .venv/.test
 	$(PIP) -e .
 	@touch $@
 
-.venv/.test: .venv/.core
+.venv/.test: .venv/.core tests/oracles.txt
 	$(PIP) -e ".[test]"
+	$(PIP) --no-deps -r tests/oracles.txt
 	@touch $@
 
 clean:

@@ -151,6 +151,44 @@ def export(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe of the model to vary; default: the built-in one.")] = None,
+    overrides: Overrides = None,
+    swap: Annotated[str, typer.Option(help="PART=NAME,NAME ...: mixer, ffn, norm, position or wiring; a+b = hybrid; all.")] = "mixer=mha,gqa,mqa,window,retnet",
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; the cores are shared among them.")] = 1,
+    task_steps: Annotated[int, typer.Option(help="Training steps for recall and copying; 0 = leave them out.")] = 300,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there; default: only what is missing.")] = False,
+) -> None:  # fmt: skip
+    """Which mechanism is better? Same tokens, same parameters, several seeds: table, charts, one page. Resumable."""
+    from zero2llm.lab.arena import compare as run
+    from zero2llm.lab.recipe import BUILT_IN, load_recipe
+
+    changes = list(overrides or [])
+    if recipe is not None and "=" in str(recipe):  # no recipe, only changes to the built-in one
+        recipe, changes = None, [str(recipe), *changes]
+    found = load_recipe(recipe or BUILT_IN / "compare.yaml", changes)
+    results = run(found, swap, seeds, jobs, task_steps, overwrite)
+    typer.echo((Path(found.out) / "results.md").read_text(encoding="utf-8"))
+    typer.echo(f"charts: {Path(found.out) / 'report.html'}")
+    if not results:
+        raise typer.Exit(1)
+
+
+@app.command()
+def conformance(
+    parts: Annotated[list[str] | None, typer.Argument(help="mixer, ffn, norm, position, wiring; default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Fill the column of torch.compile (slow).")] = False,
+    oracles: Annotated[bool, typer.Option(help="Run the parity tests of the source checkout for the oracle columns.")] = True,
+) -> None:  # fmt: skip
+    """Run every mechanism through what all must do, and show the measured errors."""
+    from zero2llm.lab.conformance import conformance as run
+
+    run(out, list(parts or []), compile, oracles)
+
+
+@app.command()
 def presets(name: Annotated[str | None, typer.Argument(help="One preset, in detail.")] = None) -> None:
     """List the built-in architectures with parameters, FLOPs and memory, from nano to their real sizes."""
     from zero2llm.lab.look import show_presets

@@ -124,7 +124,7 @@ def _inline(svg: str, label: str) -> Markup:
 @drawn
 def curves(lines: Sequence[Line], marks: Sequence[Mark] = (), unit: str = "") -> Figure:
     """Loss of one stage: raw and smoothed training, validation, and marks to beat."""
-    fig, (ax,) = _figure(3.0 + 0.25 * math.ceil(len(marks) / 2))
+    fig, (ax,) = figure(3.0 + 0.25 * math.ceil(len(marks) / 2))
     for line in lines:
         _plot(ax, line)
     for i, mark in enumerate(sorted(marks, key=lambda m: -m.y)):  # named in the legend: close lines leave no room
@@ -140,7 +140,7 @@ def curves(lines: Sequence[Line], marks: Sequence[Mark] = (), unit: str = "") ->
 @drawn
 def panels(rows: Sequence[tuple[str, Sequence[Line]]], zero: bool = True) -> Figure:
     """Small multiples: one panel per stage (title, lines), each with its own scale."""
-    fig, axes = _figure(1.9, len(rows))
+    fig, axes = figure(1.9, len(rows))
     for ax, (title, lines) in zip(axes, rows, strict=True):
         for line in lines:
             _plot(ax, line)
@@ -160,7 +160,7 @@ def bars(labels: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]
          most: float | None = None, mark: Mark | None = None) -> Figure:  # fmt: skip
     """Horizontal bars, the first label on top; ``series`` = (name, colour or one colour per bar, values) side by side."""
     n, thick = len(series), 0.8 / len(series)
-    fig, (ax,) = _figure(0.5 + len(labels) * (0.12 + 0.2 * max(n, 1.4)) + (0.25 if n > 1 else 0))
+    fig, (ax,) = figure(0.5 + len(labels) * (0.12 + 0.2 * max(n, 1.4)) + (0.25 if n > 1 else 0))
     top = most or max([v for _, _, values in series for v in values], default=0.0) or 1.0
     for i, (name, colour, values) in enumerate(series):
         at = [row + (i - (n - 1) / 2) * thick for row in range(len(labels))]
@@ -236,7 +236,16 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _figure(height: float, n: int = 1) -> tuple[Figure, list[Axes]]:
+def standalone(svg: Markup, paint: dict[str, str] | None = None) -> str:
+    """An inline chart as a file of its own: fixed colours on white, for pages that have no style sheet."""
+    fixed = paint or {"ink": "#1d2330", "soft": "#5d6675", "grid": "#dfe3ea", "grey": "#8a93a3", "blue": "#2f6db5",
+                      "clay": "#b5562f", "green": "#3f7f4f", "plum": "#7d4f8f"}  # fmt: skip
+    text = re.sub(r"var\(--(\w+)\)", lambda m: fixed[m[1]], str(svg))
+    style = 'xmlns="http://www.w3.org/2000/svg" style="background:#fff" font-family="sans-serif"'
+    return text.replace("<svg ", f"<svg {style} ", 1) + "\n"
+
+
+def figure(height: float, n: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(WIDTH, height))

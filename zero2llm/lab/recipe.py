@@ -16,6 +16,7 @@ from zero2llm.train.fit import FitConfig
 from zero2llm.train.objectives.clm import CLMConfig
 from zero2llm.train.objectives.dpo import DPOConfig
 
+BUILT_IN = Path(__file__).parent.parent / "recipes"
 ObjectiveConfig = Annotated[CLMConfig | DPOConfig, by_kind]
 
 

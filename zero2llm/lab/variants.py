@@ -1,0 +1,137 @@
+"""What can be swapped in a comparison: each name as the configuration of one part, sized for a width and head count."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from zero2llm.core.config import parse, read_yaml
+from zero2llm.model.cost import parameters
+from zero2llm.model.spec import ModelConfig
+
+ROPE = {"kind": "rope"}
+
+
+def _gqa(**more) -> Callable[[int, int], dict]:
+    return lambda d, h: {"kind": "gqa", "n_heads": h, "position": ROPE} | more
+
+
+MIXERS: dict[str, Callable[[int, int], dict]] = {
+    "mha": _gqa(),
+    "gqa": lambda d, h: {"kind": "gqa", "n_heads": h, "n_kv_heads": max(h // 2, 1), "position": ROPE},
+    "mqa": _gqa(n_kv_heads=1),
+    "window": _gqa(window=64),
+    "qk_norm": _gqa(qk_norm=True),
+    "sink": _gqa(sink=True),
+    "softcap": _gqa(softcap=30.0),
+    "gated_attention": _gqa(gate=True),
+    "nope": _gqa(position={"kind": "none"}),
+    "retnet": lambda d, h: {"kind": "retnet", "n_heads": h},
+}
+FFNS: dict[str, Callable[[int, int], dict]] = {
+    "swiglu": lambda d, h: {"kind": "glu", "hidden": 3 * d},
+    "geglu": lambda d, h: {"kind": "glu", "hidden": 3 * d, "act": "gelu"},
+    "gelu": lambda d, h: {"kind": "mlp", "hidden": 4 * d, "act": "gelu"},
+    "relu2": lambda d, h: {"kind": "mlp", "hidden": 4 * d, "act": "relu2", "bias": False},
+}
+NORMS: dict[str, Callable[[int, int], dict]] = {
+    "rms": lambda d, h: {"kind": "rms"},
+    "rms_plus_one": lambda d, h: {"kind": "rms", "plus_one": True},
+    "layer": lambda d, h: {"kind": "layer"},
+}
+POSITIONS: dict[str, Callable[[int, int], dict]] = {
+    "none": lambda d, h: {"kind": "none"},
+    "rope": lambda d, h: ROPE,
+    "rope_interleaved": lambda d, h: {"kind": "rope", "layout": "interleaved"},
+    "alibi": lambda d, h: {"kind": "alibi"},
+    "learned": lambda d, h: {"kind": "learned"},  # added to the embedding
+    "sinusoidal": lambda d, h: {"kind": "sinusoidal"},
+}
+WIRINGS = {name: (lambda d, h, name=name: name) for name in ("pre", "post", "sandwich", "branch", "parallel", "deepnorm")}
+PARTS = {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "position": POSITIONS, "wiring": WIRINGS}
+
+
+def parse_swap(text: str) -> tuple[str, list[str]]:
+    """``mixer=gqa,mla`` -> ("mixer", ["gqa", "mla"]). ``kda+kda+mla`` is a hybrid; a name ending in .yaml is a file.
+
+    Raises ValueError naming the nearest part or name that exists.
+    """
+    part, equals, names = text.partition("=")
+    if not equals or part not in PARTS:
+        near = difflib.get_close_matches(part, PARTS, n=1)
+        raise ValueError(f"--swap {text}: write PART=NAME,NAME with PART one of {', '.join(PARTS)}" + (f"; did you mean {near[0]!r}?" if near else ""))  # fmt: skip
+    found = list(PARTS[part]) if names == "all" else [name for name in names.split(",") if name]
+    for name in (one for joined in found for one in joined.split("+")):
+        if name not in PARTS[part] and not name.endswith((".yaml", ".yml")):
+            near = difflib.get_close_matches(name, PARTS[part], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(PARTS[part])}"
+            raise ValueError(f"--swap {text}: no {part} is called {name!r}; {hint}")
+    if not found:
+        raise ValueError(f"--swap {text}: names nothing to compare")
+    return part, list(dict.fromkeys(found))
+
+
+def swapped(model: dict, part: str, name: str) -> dict:
+    """The model's plain data with ``part`` of every block replaced; a hybrid ``a+b`` fills the layers in turn."""
+    model = copy.deepcopy(model)
+    order = model["layers"]["pattern"] * model["layers"]["repeat"]
+    names = name.split("+")
+    blocks, pattern = {}, []
+    for i, old in enumerate(order):
+        new = names[i % len(names)]
+        label = old if len(names) == 1 else f"{old}_{Path(new).stem}"
+        blocks[label] = _with(model, model["blocks"][old], part, new)
+        pattern.append(label)
+    model["blocks"], model["layers"] = blocks, {"pattern": pattern, "repeat": 1}
+    if part == "norm":
+        model["final_norm"] = _piece(model, {}, part, names[0])
+    if part == "position":
+        added = names[0] in ("learned", "sinusoidal")
+        model["position"] = _piece(model, {}, part, names[0]) if added else None
+    return model
+
+
+def _piece(model: dict, block: dict, part: str, name: str) -> dict | str:
+    if name.endswith((".yaml", ".yml")):
+        return read_yaml(name)[0]
+    heads = block.get("mixer", {}).get("n_heads") or max(model["d_model"] // 32, 1)
+    return PARTS[part][name](model["d_model"], heads)
+
+
+def _with(model: dict, block: dict, part: str, name: str) -> dict:
+    if part == "position":
+        if block["mixer"]["kind"] != "gqa":
+            raise ValueError(f"--swap position: mixer {block['mixer']['kind']!r} has a position of its own; use a gqa model")
+        inside = {"kind": "none"} if name in ("learned", "sinusoidal") else _piece(model, block, part, name)
+        return block | {"mixer": block["mixer"] | {"position": inside}}
+    return block | {part: _piece(model, block, part, name)}
+
+
+def matched(model: dict, target: int, tolerance: float = 0.03) -> ModelConfig:
+    """The model with its feed-forward widths scaled until it has ``target`` parameters.
+
+    Raises ValueError where no width comes within ``tolerance``: the mixer alone is too large, or there is none to scale.
+    """
+    own = {name: block["ffn"]["hidden"] for name, block in model["blocks"].items() if block.get("ffn")}
+
+    def scaled(factor: float) -> ModelConfig:
+        blocks = {
+            name: block | {"ffn": block["ffn"] | {"hidden": max(1, round(own[name] * factor))}} if name in own else block
+            for name, block in model["blocks"].items()
+        }
+        return parse(ModelConfig, model | {"blocks": blocks}, source="compare")
+
+    low, high = 0.0, 16.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if parameters(scaled(middle))["total"] < target else (low, middle)
+    cfg = scaled(high)
+    count = parameters(cfg)["total"]
+    if abs(count / target - 1) > tolerance:
+        raise ValueError(
+            f"{count:,} parameters cannot be brought within {tolerance:.0%} of {target:,} by the feed-forward's width; "
+            "take a larger d_model in the recipe, or another size of this mixer (a .yaml file)"
+        )
+    return cfg
