@@ -44,3 +44,8 @@ def test_startup():
 def test_time_to_loss_with_the_embedded_text(tmp_path):
     pytest.importorskip("transformers")
     assert "| 1 |" in run("time_to_loss.py", "--out", str(tmp_path))
+
+
+def test_mixers_state_what_they_cost():
+    table = run("mixers.py", "--mixers", "retnet", "--d", "32", "--heads", "2")
+    assert "| retnet |" in table and "predicted" not in table

@@ -1,4 +1,4 @@
-"""Look at things: batches, presets, tokens."""
+"""Look at things: batches, tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from zero2llm.data.sources import BadRecords, documents
 from zero2llm.lab.recipe import load_recipe
 from zero2llm.lab.sets import build_sets
 from zero2llm.lab.stage import start_model
-from zero2llm.model.cost import flops_per_token, parameters, state_bytes
-from zero2llm.model.presets import PRESETS, preset
 from zero2llm.parallel.plan import World
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
@@ -30,19 +28,6 @@ def inspect_recipe(path: Path, overrides: list[str], rows: int, html: Path | Non
         if html is not None:
             write_atomic(html, inspect_html(batch, tokenizer, rows))
             console().print(f"wrote {html}", markup=False)
-
-
-def show_presets(name: str | None) -> None:
-    """All presets in a table, or one with its whole configuration."""
-    if name is not None:
-        console().print(preset(name))
-        return
-    table = Table("preset", "parameters", "GFLOP/token (forward, 1,024 tokens)", "KV bytes/token (fp16)")
-    for key in PRESETS:
-        cfg = preset(key)
-        row = (parameters(cfg)["total"], flops_per_token(cfg, 1024) / 1e9, state_bytes(cfg, 1, 2))
-        table.add_row(key, f"{row[0]:,}", f"{row[1]:.3g}", f"{row[2]:,}")
-    console().print(table)
 
 
 def train_tokenizer(

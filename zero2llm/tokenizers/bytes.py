@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-import regex
+if TYPE_CHECKING:
+    import regex
 
 # How text is cut into pieces that merges never cross, under the names that llama.cpp knows them by.
 SPLITS = {
@@ -19,6 +21,8 @@ def splitter(name: str) -> regex.Pattern:
     """The compiled split rule ``name``. Raises ValueError for an unknown one."""
     if name not in SPLITS:
         raise ValueError(f"split rule {name!r} is unknown; there are: {', '.join(SPLITS)}")
+    import regex  # slow to load, and only a handwritten tokenizer in training needs it
+
     return regex.compile(SPLITS[name])
 
 

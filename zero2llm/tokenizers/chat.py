@@ -7,12 +7,12 @@ control strings that a user typed are broken by another private character and st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-import regex
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -94,7 +94,7 @@ def _break(text: str, specials: Sequence[str]) -> str:
 
 def render_text(template: str, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
     """The conversation as one string."""
-    return regex.sub(f"[{BEGIN}{END}]", "", _render(template, messages, (), add_generation_prompt))
+    return re.sub(f"[{BEGIN}{END}]", "", _render(template, messages, (), add_generation_prompt))
 
 
 def render_spans(template: str, messages: Sequence[Message], specials: Sequence[str], *, add_generation_prompt: bool = False) -> list[Span]:
@@ -105,7 +105,7 @@ def render_spans(template: str, messages: Sequence[Message], specials: Sequence[
     """
     rendered = _render(template, messages, specials, add_generation_prompt)
     spans, inside = [], False
-    for part in regex.split("(" + "|".join([*map(regex.escape, specials), BEGIN, END]) + ")", rendered):
+    for part in re.split("(" + "|".join([*map(re.escape, specials), BEGIN, END]) + ")", rendered):
         if part in (BEGIN, END):
             inside = part == BEGIN
         elif part:
