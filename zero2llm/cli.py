@@ -141,22 +141,18 @@ def export(checkpoint: Path, out: Path, to: str, overwrite: bool) -> None:
 @click.option("--swap", default="mixer=mha,gqa,mqa,window,retnet",
               help="PART=NAME,NAME ...: mixer, ffn, norm, position or wiring; a+b = a hybrid; all = every name.")  # fmt: skip
 @click.option("--seeds", default=3, help="Runs of each variant.")
-@click.option("--jobs", default=1, help="Runs at a time; the cores are shared among them.")
+@click.option("--jobs", default=1, help="Runs at a time, on as many parts of the cores.")
 @click.option("--task-steps", default=300, help="Training steps for recall and copying; 0 = leave them out.")
 @click.option("--overwrite", is_flag=True, help="Do again what is there; without it, only what is missing.")
 def compare(recipe: Path | None, overrides: tuple[str, ...], swap: str, seeds: int, jobs: int, task_steps: int,
             overwrite: bool) -> None:  # fmt: skip
-    """Which mechanism is better? Same tokens, same parameters, several seeds: table, charts, one page. Resumable.
-
-    RECIPE is the model to vary; without it, a small built-in one.
-    """
+    """Which mechanism is better? Same tokens, same parameters, several seeds. RECIPE: the model to vary, if not the built-in one."""
     from zero2llm.lab.arena import compare as run
     from zero2llm.lab.recipe import BUILT_IN, load_recipe
 
     if recipe is not None and "=" in str(recipe):  # no recipe, only changes to the built-in one
         recipe, overrides = None, (str(recipe), *overrides)
-    found = load_recipe(recipe or BUILT_IN / "compare.yaml", list(overrides))
-    results = run(found, swap, seeds, jobs, task_steps, overwrite)
+    results = run(found := load_recipe(recipe or BUILT_IN / "compare.yaml", list(overrides)), swap, seeds, jobs, task_steps, overwrite)
     click.echo((Path(found.out) / "results.md").read_text(encoding="utf-8"))
     click.echo(f"charts: {Path(found.out) / 'report.html'}")
     if not results:
@@ -167,7 +163,7 @@ def compare(recipe: Path | None, overrides: tuple[str, ...], swap: str, seeds: i
 @click.argument("parts", nargs=-1, metavar="[mixer|ffn|norm|position|wiring]...")
 @click.option("--out", type=PATH, help="Also write the table to this Markdown file.")
 @click.option("--compile", "compiling", is_flag=True, help="Fill the column of torch.compile (slow).")
-@click.option("--oracles/--no-oracles", default=True, help="Run the parity tests of the source checkout for the oracle columns.")
+@click.option("--oracles/--no-oracles", default=True, help="Fill the oracle columns: run a checkout's parity tests.")
 def conformance(parts: tuple[str, ...], out: Path | None, compiling: bool, oracles: bool) -> None:
     """Run every mechanism through what all must do, and show the measured errors."""
     from zero2llm.lab.conformance import conformance as run
@@ -244,8 +240,7 @@ def main() -> None:
     except (RuntimeError, OSError) as error:
         if type(error).__name__ != "NonFiniteError" and not isinstance(error, OSError):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, OSError) else 3)
+        sys.exit(print(f"error: {error}", file=sys.stderr) or (2 if isinstance(error, OSError) else 3))
     except (KeyboardInterrupt, click.Abort):
         print("stopped", file=sys.stderr)
         sys.exit(130)

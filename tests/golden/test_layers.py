@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from zero2llm.core.seq import Seq
+from zero2llm.layers.contract import Place
 from zero2llm.layers.ffns.glu import GLUConfig
 from zero2llm.layers.ffns.mlp import MLPConfig
 from zero2llm.layers.mixers.gqa import GQAConfig
 from zero2llm.layers.norms.layer import LayerNormConfig
 from zero2llm.layers.norms.rms import RMSNormConfig
-from zero2llm.layers.contract import Place
 from zero2llm.layers.positions.alibi import ALiBiConfig
 from zero2llm.layers.positions.learned import LearnedConfig
 from zero2llm.layers.positions.none import NoPositionConfig

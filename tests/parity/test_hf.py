@@ -7,7 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from zero2llm.core.config import parse, to_dict
 from zero2llm.core.seq import Seq
-from zero2llm.interop.hf import family_of, from_hf_config, from_hf_tensors, to_hf_config, to_hf_tensors
+from zero2llm.interop.hf import from_hf_config, from_hf_tensors, to_hf_config, to_hf_tensors
+from zero2llm.interop.hf_config import family_of
 from zero2llm.model.lm import LM
 from zero2llm.model.presets import gpt2, llama, qwen3
 from zero2llm.model.spec import ModelConfig
@@ -46,7 +47,7 @@ def edit(cfg, **changes):
     data = to_dict(cfg)
     for key, value in changes.items():
         *path, last = key.split("__")
-        for block in data["blocks"].values() if path or key in ("wiring", "norm", "ffn") else [data]:
+        for block in data["blocks"].values() if path or key in ("wiring", "norm", "ffn", "mixer") else [data]:
             for part in path:
                 block = block[part]
             block[last] = value
@@ -181,24 +182,36 @@ def test_rope_base_reaches_both_generations_of_transformers():
 
 
 LLAMA, GPT2 = lambda: llama(V, 24, 2, 4, 2, 40, 32), lambda: gpt2(V, 24, 2, 4, 32)
+BIASED = dict(mixer__qkv_bias=True, mixer__out_bias=True)
 REFUSED = [
     (lambda: edit(LLAMA(), wiring="parallel"), "wiring: parallel"),
     (lambda: edit(LLAMA(), wiring="post"), "wiring: post"),
-    (lambda: edit(LLAMA(), mixer__window=8), "sliding window: 8"),
-    (lambda: edit(LLAMA(), ffn__act="relu2"), "activation: relu2"),
-    (lambda: edit(LLAMA(), mixer__qkv_bias=True), "bias on only one"),
-    (lambda: edit(LLAMA(), mixer__position={"kind": "none"}), "mixer.position: none"),
+    (lambda: edit(LLAMA(), mixer__window=8, mixer__qkv_bias=True), r"nearest is qwen2.*mixer.window: 8 \(there None"),
+    (lambda: edit(LLAMA(), ffn__act="relu2"), "hidden_act = 'relu2'"),
+    (lambda: edit(LLAMA(), mixer__out_bias=True), r"out_bias: True \(there False\)"),
+    (lambda: edit(LLAMA(), mixer__sink=True), "mixer.sink: True"),
+    (lambda: edit(LLAMA(), mixer__gate=True), "mixer.gate: True"),
+    (lambda: edit(LLAMA(), mixer__softcap=30.0), "mixer.softcap: 30.0"),
+    (lambda: edit(LLAMA(), mixer__scale=0.1), "mixer.scale: 0.1"),
+    (lambda: edit(LLAMA(), embed_scale=2.0), "embed_scale: 2.0"),
+    (lambda: edit(LLAMA(), logit_softcap=9.0), "logit_softcap: 9.0"),
+    (lambda: edit(LLAMA(), embed_norm={"kind": "rms"}), "embed_norm: rms"),
+    (lambda: edit(LLAMA(), mixer__position={"kind": "rope", "rotary_dim": 4}, **BIASED), "rotary_dim: 4"),
+    (lambda: edit(LLAMA(), mixer__position={"kind": "rope", "scaling": {"kind": "ntk", "factor": 2.0}}), "scaling: ntk"),
+    (lambda: edit(LLAMA(), mixer={"kind": "retnet", "n_heads": 4}), "mixer: retnet .gqa is needed"),
+    (lambda: edit(LLAMA(), mixer__position={"kind": "alibi"}), "mixer.position: alibi"),
     (lambda: edit(LLAMA(), norm={"kind": "layer"}), "norm: layer"),
     (lambda: edit(LLAMA(), final_norm={"kind": "rms", "eps": 1e-3}), "final_norm"),
-    (lambda: edit(LLAMA(), mixer__qk_norm=True), "norm_eps: 1e-06"),
+    (lambda: edit(LLAMA(), mixer__qk_norm=True), "mixer.qk_norm: True"),
     (lambda: edit(LLAMA(), position={"kind": "learned"}), "position: learned"),
-    (lambda: edit(LLAMA(), mixer__n_heads=10, mixer__head_dim=8), "n_heads: 10 does not divide"),
-    (lambda: edit(GPT2(), ffn__act="relu"), "activation: relu"),
+    (lambda: edit(LLAMA(), mixer__n_heads=10, mixer__head_dim=8, **BIASED), "n_heads: 10 does not divide"),
+    (lambda: edit(LLAMA(), init={"kind": "mup", "base_width": 12, "base_head_dim": 6}), "init: mup"),
+    (lambda: edit(GPT2(), ffn__act="relu"), "ffn.act: relu"),
     (lambda: edit(GPT2(), mixer__n_kv_heads=2), "n_kv_heads: 2"),
-    (lambda: edit(GPT2(), mixer__qkv_bias=False), "projections without bias"),
-    (lambda: edit(GPT2(), tie_embeddings=False), "untied"),
+    (lambda: edit(GPT2(), mixer__qkv_bias=False), "mixer.qkv_bias: False"),
+    (lambda: edit(GPT2(), tie_embeddings=False), "tie_word_embeddings = False"),
     (lambda: edit(GPT2(), position={"kind": "sinusoidal"}), "position: sinusoidal"),
-    (lambda: edit(GPT2(), ffn__bias=False), "mlp with bias"),
+    (lambda: edit(GPT2(), ffn__bias=False), "ffn.bias: False"),
     (lambda: edit(GPT2(), mixer__head_dim=8), "head_dim: 8"),
 ]
 
@@ -215,18 +228,18 @@ def test_a_hybrid_pattern_is_refused_but_equal_blocks_are_not():
     data |= {"blocks": {"a": spec, "b": spec}, "layers": {"pattern": ["a", "b"], "repeat": 1}}
     assert family_of(parse(ModelConfig, data)) == "llama"
     data["blocks"]["b"] = spec | {"mixer": spec["mixer"] | {"window": 4}}
-    with pytest.raises(ValueError, match="hybrid pattern: blocks a, b"):
+    with pytest.raises(ValueError, match="b.mixer.window: 4"):
         family_of(parse(ModelConfig, data))
 
 
 SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
 UNREADABLE = [
-    ("llama", {"rope_scaling": SCALED}, "rope_scaling"),
-    ("llama", {"rope_parameters": SCALED}, "rope_parameters"),
+    ("llama", {"rope_scaling": SCALED}, "low_freq_factor"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ("llama", {"mlp_bias": True}, "mlp_bias"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    ("llama", {"model_type": "mistral"}, "model_type 'mistral'"),
+    ("llama", {"model_type": "bloom"}, "model_type 'bloom'"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),

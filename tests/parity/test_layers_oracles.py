@@ -33,6 +33,7 @@ def copy(ours, theirs, names):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.oracle("norm:rms", of="transformers Llama", way="forward")
 def test_rms_norm_equals_llama(dtype):
     ours, theirs = RMSNormConfig(eps=1e-3).build(D), LlamaRMSNorm(D, 1e-3)
     copy(ours, theirs, {"weight": "weight"})
@@ -43,6 +44,7 @@ def test_rms_norm_equals_llama(dtype):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.oracle("norm:layer", of="torch", way="forward")
 def test_layer_norm_equals_torch(bias):
     ours, theirs = LayerNormConfig(eps=1e-3, bias=bias).build(D), nn.LayerNorm(D, 1e-3, bias=bias)
     copy(ours, theirs, {"weight": "weight"} | ({"bias": "bias"} if bias else {}))
@@ -50,6 +52,7 @@ def test_layer_norm_equals_torch(bias):
     torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
 
 
+@pytest.mark.oracle("ffn:swiglu", of="transformers Llama", way="forward")
 def test_glu_equals_llama():
     ours, theirs = GLUConfig(hidden=20).build(D), LlamaMLP(LlamaConfig(hidden_size=D, num_attention_heads=4, intermediate_size=20))
     copy(ours, theirs, {f"{n}_proj.weight": f"{n}_proj.weight" for n in ("gate", "up", "down")})
@@ -57,6 +60,7 @@ def test_glu_equals_llama():
     torch.testing.assert_close(ours(x, None)[0], theirs(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.oracle("ffn:gelu", of="transformers GPT-2", way="forward")
 def test_mlp_equals_gpt2():
     ours, theirs = MLPConfig(hidden=20).build(D), GPT2MLP(20, GPT2Config(n_embd=D, resid_pdrop=0.0))
     copy(ours, theirs, {f"{a}_proj.{p}": f"{b}.{p}" for a, b in (("up", "c_fc"), ("down", "c_proj")) for p in ("weight", "bias")})
@@ -72,6 +76,7 @@ def test_activations_equal_transformers_of_that_name(name, theirs):
     torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[theirs](x), **CLOSE)
 
 
+@pytest.mark.oracle("position:sinusoidal", of="transformers Marian", way="forward")
 def test_sinusoidal_equals_marian_interleaved():
     theirs = MarianSinusoidalPositionalEmbedding(63, D)
     theirs.weight = nn.Parameter(theirs.create_weight(), requires_grad=False)
@@ -81,6 +86,7 @@ def test_sinusoidal_equals_marian_interleaved():
 
 
 @pytest.mark.parametrize("wiring", ["pre", "post"])
+@pytest.mark.oracle("wiring:pre", "wiring:post", of="torch", way="forward")
 def test_blocks_equal_torch_s_encoder_layer(wiring):
     spec = LayerSpec(
         mixer=GQAConfig(n_heads=4, qkv_bias=True, out_bias=True), ffn=MLPConfig(hidden=20, act="relu"),

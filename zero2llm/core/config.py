@@ -28,13 +28,22 @@ def config(cls):
 
 
 class _ByKind:
+    def __init__(self, default: str | None = None):
+        self.default = default
+
     def __get_pydantic_core_schema__(self, source, handler):
         from pydantic import Field
+        from pydantic_core import core_schema
 
-        return handler.generate_schema(Annotated[source, Field(discriminator="kind")])
+        schema = handler.generate_schema(Annotated[source, Field(discriminator="kind")])
+        if self.default is None:
+            return schema
+        complete = lambda data: {"kind": self.default, **data} if isinstance(data, dict) else data
+        return core_schema.no_info_before_validator_function(complete, schema)
 
 
 by_kind = _ByKind()  # Annotated[A | B, by_kind]: the key `kind` says which
+by_kind_or = _ByKind  # Annotated[A | B, by_kind_or("a")]: and A where there is no such key
 
 
 def read_yaml(path: str | Path, overrides: typing.Sequence[str] = ()) -> tuple[dict, Lines]:

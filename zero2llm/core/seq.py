@@ -18,23 +18,25 @@ class Seq:
 
     pos : (B, T) int64, index of each token inside its own document (the clock; owned by the caller).
     seg : (B, T) int32 document number, 0 = padding; ``None`` = every row is one document without padding.
+    grid : (B, T, 3) int64 time, height and width of each token for M-RoPE; ``None`` = text, all three equal pos.
     memo : what layers derive from pos and seg (masks, angles, slots), worked out once per forward pass, not per layer;
         and what a layer hands to later ones of the same pass (RWKV-7's first values).
     """
 
     pos: Tensor
     seg: Tensor | None = None
+    grid: Tensor | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """``make()``, remembered under ``key`` as long as this object lives; it may depend on pos, seg and key only."""
+        """``make()``, remembered under ``key`` as long as this object lives; it may depend on pos, seg, grid and key only."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
 
     def fresh(self) -> Seq:
         """The same rows with nothing remembered: the model takes one per pass, for ``pos`` may change in place."""
-        return Seq(self.pos, self.seg)
+        return Seq(self.pos, self.seg, self.grid)
 
     @staticmethod
     def rows(batch: int, length: int, start: int = 0, device=None) -> Seq:
@@ -56,14 +58,17 @@ class Seq:
         return Seq(index - torch.where(starts, index, 0).cummax(1).values, seg.to(torch.int32))
 
     def __getitem__(self, rows) -> Seq:
-        return Seq(self.pos[rows], None if self.seg is None else self.seg[rows])
+        return self._each(lambda x: x[rows])
 
     def window(self, start: int, stop: int) -> Seq:
         """Columns ``start .. stop - 1`` of every row: how a long row is streamed in chunks."""
-        return Seq(self.pos[:, start:stop], None if self.seg is None else self.seg[:, start:stop])
+        return self._each(lambda x: x[:, start:stop])
 
     def to(self, device) -> Seq:
-        return Seq(self.pos.to(device), None if self.seg is None else self.seg.to(device))
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Seq:
+        return Seq(*(None if x is None else change(x) for x in (self.pos, self.seg, self.grid)))
 
 
 class State(Protocol):

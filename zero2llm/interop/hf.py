@@ -1,4 +1,4 @@
-"""Our models as folders that transformers opens (GPT-2, Llama, Qwen3), and theirs as ours.
+"""Our models as folders that transformers opens, and theirs as ours; families/ holds a page for each architecture.
 
     config.json  model.safetensors (or shards with an index)  generation_config.json
     tokenizer.json  tokenizer_config.json  chat_template.jinja
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from zero2llm.core.files import load_tensors, new_folder, read_json, save_tensors
 from zero2llm.core.seq import Seq
-from zero2llm.interop.hf_config import family_of, from_hf_config, to_hf_config
-from zero2llm.interop.hf_names import RULES, pairs
+from zero2llm.interop.hf_config import family, from_hf_config, to_hf_config
 from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
 from zero2llm.tokenizers.chat import Message
@@ -30,36 +29,40 @@ GENERATION_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty", "max_length", "max_new_tokens",
 }  # fmt: skip
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")
 
 
-def to_hf_tensors(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+def to_hf_tensors(state: dict[str, Tensor], cfg: ModelConfig, model_type: str | None = None) -> dict[str, Tensor]:
     """Our state dict under their names and in their layout; a tied head is stored once.
+
+    model_type : the family to write, where several compute the same (Phi-3 without LongRoPE is Mistral); None = the plainest.
 
     Raises ValueError listing tensors that are missing or too many.
     """
-    table = pairs(RULES[family_of(cfg)](cfg))
-    _check_names([name for _, ours, _ in table for name in ours], state, "model state")
-    return {theirs: rule.pack([state[name] for name in ours]) for theirs, ours, rule in table}
+    rules = family(cfg, model_type).rules(cfg)
+    _check_names([name for rule in rules for name in rule.ours], state, "model state")
+    return {
+        name: tensor
+        for rule in rules
+        for name, tensor in zip(rule.theirs, rule.pack([state[n] for n in rule.ours]), strict=True)
+    }
 
 
-def from_hf_tensors(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+def from_hf_tensors(tensors: dict[str, Tensor], cfg: ModelConfig, model_type: str | None = None) -> dict[str, Tensor]:
     """The inverse of `to_hf_tensors`. Buffers of old files (causal masks, inverse frequencies) are passed over.
 
     Raises ValueError listing tensors that are missing, too many or mis-shaped, or a head that is tied but differs.
     """
-    family = family_of(cfg)
-    tensors = {
-        name: t for name, t in tensors.items() if not name.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq"))
-    }
-    if family == "gpt2" and "wte.weight" in tensors:  # files saved from the bare model
-        tensors = {f"transformer.{name}": t for name, t in tensors.items()}
-    table = pairs(RULES[family](cfg))
+    page = family(cfg, model_type)
+    rules = page.rules(cfg)
+    tensors = page.clean({name: t for name, t in tensors.items() if not name.endswith(OLD_BUFFERS)}, cfg)
     if cfg.tie_embeddings:
+        embedding = rules[0].theirs[0]
         head = tensors.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, tensors.get(table[0][0], head)):
-            raise ValueError(f"lm_head.weight differs from {table[0][0]}, but the embeddings are tied")
+        if head is not None and not torch.equal(head, tensors.get(embedding, head)):
+            raise ValueError(f"lm_head.weight differs from {embedding}, but the embeddings are tied")
     with torch.device("meta"):
-        expected = to_hf_tensors(LM(cfg).state_dict(), cfg)
+        expected = to_hf_tensors(LM(cfg).state_dict(), cfg, page.model_type)
     _check_names(expected, tensors, "weights")
     wrong = [
         f"{n} is {tuple(tensors[n].shape)}, expected {tuple(e.shape)}"
@@ -70,8 +73,8 @@ def from_hf_tensors(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, T
         raise ValueError(f"weights do not fit the configuration: {'; '.join(wrong)}")
     return {
         name: part
-        for theirs, ours, rule in table
-        for name, part in zip(ours, rule.unpack(tensors[theirs]), strict=True)
+        for rule in rules
+        for name, part in zip(rule.ours, rule.unpack([tensors[n] for n in rule.theirs]), strict=True)
     }
 
 
@@ -82,20 +85,21 @@ def _check_names(expected, found, what: str) -> None:
 
 
 def export_hf(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path, out: Path, generation: dict | None = None,
-              *, overwrite: bool = False) -> Path:  # fmt: skip
+              *, overwrite: bool = False, model_type: str | None = None) -> Path:  # fmt: skip
     """Write a self-contained folder, whole or not at all. Returns ``out``.
 
     tokenizer_dir : holds tokenizer.json, tokenizer_config.json and, for chat models, chat_template.jinja.
     generation : any of GENERATION_KEYS; without ``eos_token_id`` (one id or several), our tokenizer says which tokens
-    start, pad and stop. Weights keep their dtype.
+    start, pad and stop. Weights keep their dtype.  model_type : as in `to_hf_tensors`.
     Raises ValueError before anything is written: no counterpart, a non-empty ``out``, a tokenizer that does not fit.
     """
-    tensors = to_hf_tensors(state, cfg)
+    tensors = to_hf_tensors(state, cfg, model_type)
     _check_tokenizer(Path(tokenizer_dir), cfg)
     generation = _generation(generation or {}, Path(tokenizer_dir), cfg)
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     ids = {key: generation.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
-    config = to_hf_config(cfg, **ids, dtype=dtypes.pop() if len(dtypes) == 1 else "float32")
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    config = to_hf_config(cfg, **ids, dtype=dtype, model_type=model_type)
     with new_folder(Path(out), overwrite) as part:
         save_tensors(tensors, part)
         _write(part / "config.json", config)
@@ -143,8 +147,9 @@ def _check_tokenizer(folder: Path, cfg: ModelConfig) -> None:
 
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Configuration and state dict of a folder that transformers wrote, or `export_hf`. Tensors keep their dtype."""
-    cfg = from_hf_config(read_json(Path(folder) / "config.json"))
-    return cfg, from_hf_tensors(load_tensors(Path(folder)), cfg)
+    data = read_json(Path(folder) / "config.json")
+    cfg = from_hf_config(data)
+    return cfg, from_hf_tensors(load_tensors(Path(folder)), cfg, data["model_type"])
 
 
 @dataclass(frozen=True)

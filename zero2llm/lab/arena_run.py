@@ -61,7 +61,7 @@ def language(folder: Path, recipe: Recipe, cfg: ModelConfig, seed: int, device: 
     lengths = torch.tensor(tokenizer.byte_lengths())
     seed_all(seed)
     model = LM(cfg).to(device)
-    optim, objective = build_optim(model, recipe.optim), CLM()
+    optim, objective = build_optim(model, recipe.optim, model.width_ratio), recipe.objective.build()
 
     def bits(length: int) -> float:
         n = max(recipe.batch_tokens // length, 1)
@@ -97,7 +97,7 @@ def task(name: str, recipe: Recipe, job: dict, device: torch.device) -> float:
             yield TASKS[name](64, draw)
 
     settings = FitConfig(steps=job["task_steps"], schedule=recipe.fit.schedule, micro_rows=64, dtype=recipe.fit.dtype)
-    fit(model, CLM(), batches(), build_optim(model, recipe.optim), settings)
+    fit(model, CLM(), batches(), build_optim(model, recipe.optim, model.width_ratio), settings)
     fresh = TASKS[name](256, torch.Generator().manual_seed(10**6 + job["seed"]))
     return synthetic.accuracy(model.eval(), fresh.to(device))
 

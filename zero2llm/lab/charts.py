@@ -236,15 +236,6 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def standalone(svg: Markup, paint: dict[str, str] | None = None) -> str:
-    """An inline chart as a file of its own: fixed colours on white, for pages that have no style sheet."""
-    fixed = paint or {"ink": "#1d2330", "soft": "#5d6675", "grid": "#dfe3ea", "grey": "#8a93a3", "blue": "#2f6db5",
-                      "clay": "#b5562f", "green": "#3f7f4f", "plum": "#7d4f8f"}  # fmt: skip
-    text = re.sub(r"var\(--(\w+)\)", lambda m: fixed[m[1]], str(svg))
-    style = 'xmlns="http://www.w3.org/2000/svg" style="background:#fff" font-family="sans-serif"'
-    return text.replace("<svg ", f"<svg {style} ", 1) + "\n"
-
-
 def figure(height: float, n: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 

@@ -143,7 +143,7 @@ def exportable(model: LM) -> str:
     try:
         return family_of(model.cfg)
     except ValueError as error:
-        return "no: " + str(error).removeprefix("no Hugging Face export: ").removeprefix("nearest is ")[:60]
+        return "no: " + str(error).rpartition("which has no counterpart of ")[2].split(";")[0][:80]
 
 
 def number(value: float) -> str:
@@ -211,7 +211,7 @@ def table(rows: list[Row]) -> str:
 
 
 MEANING = (
-    "- **oracle**: largest difference from an independent implementation (fp32 as a rule), measured by the parity tests.",
+    "- **oracle**: largest difference from an independent implementation (fp32 as a rule; relative to the largest value where that is above 1), measured by the parity tests; backward: of gradients too.",
     f"- **sees the future**: change of an output by a later token. **packed**: {packed.__doc__}",
     f"- **streamed**: {streamed.__doc__} **ragged**: {ragged.__doc__}",
     f"- **recomputed gradient**: {recomputed.__doc__} **compiled**: {compiled.__doc__}",

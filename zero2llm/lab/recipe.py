@@ -97,10 +97,22 @@ class Recipe:
             raise ValueError("key 'tokenizer' is required where the model starts from nothing")
         if self.objective.kind == "dpo" and self.init is None:
             raise ValueError("objective dpo needs init: the checkpoint is also its reference")
+        if self.model is not None and self.model.init.kind == "mup" and self.optim.kind == "muon":
+            raise ValueError("init mup scales Adam's learning rates and says nothing about muon: take optim adamw")
+        if self.model is not None and (self.model.mtp is None) != (self.objective_mtp is None):
+            raise ValueError(
+                "model.mtp and objective.mtp_weight go together: "
+                + ("give the weight, or nothing trains the depths" if self.model.mtp else "the model has no depths")
+            )
         if self.seq_len < 2 or self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens = {self.batch_tokens} must be a multiple of seq_len = {self.seq_len}")
         if self.model is not None and self.seq_len > self.model.max_len:
             raise ValueError(f"seq_len = {self.seq_len} is longer than the model reads: max_len = {self.model.max_len}")
+
+    @property
+    def objective_mtp(self) -> float | None:
+        """The weight of multi-token prediction; only next-token objectives have one."""
+        return self.objective.mtp_weight if isinstance(self.objective, CLMConfig) else None
 
     @property
     def rows(self) -> int:
@@ -117,9 +129,13 @@ def expand_preset(data: dict) -> dict:
     return {**data, "model": _merge(to_dict(preset(str(model["preset"]))), rest)}
 
 
+def _another(base: dict, over: dict) -> bool:
+    return over.get("kind", base.get("kind")) != base.get("kind")
+
+
 def _merge(base: Any, over: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
+    if not (isinstance(base, dict) and isinstance(over, dict)) or _another(base, over):
+        return over  # another mechanism takes none of the first one's options
     return {
         key: _merge(base[key], over[key]) if key in base and key in over else over.get(key, base.get(key))
         for key in {**base, **over}

@@ -71,6 +71,10 @@ def start_model(recipe: Recipe, run: Path) -> tuple[LM, Tokenizer, Path, str | N
         model = parent.load_model()
         if recipe.seq_len > model.cfg.max_len:
             raise ValueError(f"seq_len = {recipe.seq_len} is longer than the checkpoint reads: {model.cfg.max_len}")
+        if model.mtp is None and recipe.objective_mtp is not None:
+            raise ValueError(f"objective.mtp_weight is given, but {recipe.init} was trained without `mtp`")
+        if model.mtp is not None:
+            model.mtp.requires_grad_(recipe.objective_mtp is not None)
         return model, tokenizer, parent.tokenizer_dir, str(parent.path)
     tokenizer, folder = build_tokenizer(recipe.tokenizer, recipe.data, run)
     if tokenizer.vocab_size != recipe.model.vocab_size:
@@ -92,7 +96,7 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     model, tokenizer, tokenizer_dir, parent = start_model(recipe, run)
     sets = build_sets(recipe, tokenizer, run, world)
     model = model.to(device)
-    optim = build_optim(model, recipe.optim)
+    optim = build_optim(model, recipe.optim, model.width_ratio)
     objective = recipe.objective.build(LM.clone(model)) if recipe.objective.kind == "dpo" else recipe.objective.build()
     seed_all(recipe.seed + world.rank)
     state, steps = FitState(), recipe.fit.steps

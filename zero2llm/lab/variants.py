@@ -18,6 +18,10 @@ def _gqa(**more) -> Callable[[int, int], dict]:
     return lambda d, h: {"kind": "gqa", "n_heads": h, "position": ROPE} | more
 
 
+def _mla(d: int, h: int) -> dict:
+    return {"kind": "mla", "n_heads": h, "kv_rank": d // 2, "nope_dim": d // h, "rope_dim": d // h // 2, "v_dim": d // h}
+
+
 MIXERS: dict[str, Callable[[int, int], dict]] = {
     "mha": _gqa(),
     "gqa": lambda d, h: {"kind": "gqa", "n_heads": h, "n_kv_heads": max(h // 2, 1), "position": ROPE},
@@ -28,23 +32,53 @@ MIXERS: dict[str, Callable[[int, int], dict]] = {
     "softcap": _gqa(softcap=30.0),
     "gated_attention": _gqa(gate=True),
     "nope": _gqa(position={"kind": "none"}),
+    "mla": lambda d, h: _mla(d, h),
+    "moba": lambda d, h: {"kind": "moba", "n_heads": h, "block": 32, "top_k": 3, "position": ROPE},
+    "nsa": lambda d, h: {"kind": "nsa", "n_heads": h, "n_kv_heads": max(h // 2, 1), "span": 8, "stride": 4, "block": 16,
+                         "top_k": 4, "window": 64, "position": ROPE},
+    "dsa": lambda d, h: {"kind": "dsa", "mla": _mla(d, h), "index_heads": 8, "index_dim": d // h, "top_k": 64},
+    "linear": lambda d, h: {"kind": "linear", "n_heads": h},
+    "performer": lambda d, h: {"kind": "performer", "n_heads": h, "n_features": 2 * d // h},
+    "gau_flash": lambda d, h: {"kind": "gau_flash", "key_dim": d // 2, "chunk": 64, "position": ROPE},
+    "lightning": lambda d, h: {"kind": "lightning", "n_heads": h},
     "retnet": lambda d, h: {"kind": "retnet", "n_heads": h},
-}
+    "log_linear": lambda d, h: {"kind": "log_linear", "n_heads": h},
+    "gla": lambda d, h: {"kind": "gla", "n_heads": max(h // 2, 1)},
+    "deltanet": lambda d, h: {"kind": "deltanet", "n_heads": h},
+    "gated_delta": lambda d, h: {"kind": "gated_delta", "n_v_heads": h},
+    "kda": lambda d, h: {"kind": "kda", "n_heads": h},
+    "mamba1": lambda d, h: {"kind": "mamba1"},
+    "mamba2": lambda d, h: {"kind": "mamba2", "head_dim": d // h, "state_dim": 64},
+    "rwkv7": lambda d, h: {"kind": "rwkv7", "n_heads": h},
+}  # fmt: skip
 FFNS: dict[str, Callable[[int, int], dict]] = {
     "swiglu": lambda d, h: {"kind": "glu", "hidden": 3 * d},
     "geglu": lambda d, h: {"kind": "glu", "hidden": 3 * d, "act": "gelu"},
     "gelu": lambda d, h: {"kind": "mlp", "hidden": 4 * d, "act": "gelu"},
     "relu2": lambda d, h: {"kind": "mlp", "hidden": 4 * d, "act": "relu2", "bias": False},
-}
+    "moe": lambda d, h: {"kind": "moe", "n_experts": 8, "top_k": 2, "hidden": d // 2},
+    "moe_shared": lambda d, h: {"kind": "moe", "n_experts": 16, "top_k": 3, "hidden": d // 4, "n_shared": 1,
+                                "router": "sigmoid", "bias_rate": 0.001, "balance_weight": 0.0},
+    "expert_choice": lambda d, h: {"kind": "expert_choice", "n_experts": 8, "hidden": d // 2},  # not causal: training only
+    "rwkv_channel": lambda d, h: {"kind": "rwkv_channel", "hidden": 4 * d},
+}  # fmt: skip
 NORMS: dict[str, Callable[[int, int], dict]] = {
     "rms": lambda d, h: {"kind": "rms"},
     "rms_plus_one": lambda d, h: {"kind": "rms", "plus_one": True},
     "layer": lambda d, h: {"kind": "layer"},
+    "dyt": lambda d, h: {"kind": "dyt"},
+    "batch": lambda d, h: {"kind": "batch"},  # sees other documents and the future while it trains: a contrast
 }
 POSITIONS: dict[str, Callable[[int, int], dict]] = {
     "none": lambda d, h: {"kind": "none"},
     "rope": lambda d, h: ROPE,
     "rope_interleaved": lambda d, h: {"kind": "rope", "layout": "interleaved"},
+    "rope_half": lambda d, h: ROPE | {"rotary_dim": d // h // 2},
+    "rope_linear": lambda d, h: ROPE | {"scaling": {"kind": "linear", "factor": 2.0}},
+    "rope_ntk": lambda d, h: ROPE | {"scaling": {"kind": "ntk", "factor": 2.0}},
+    "rope_yarn": lambda d, h: ROPE | {"scaling": {"kind": "yarn", "factor": 2.0, "original_max_len": 256}},
+    "rope_llama3": lambda d, h: ROPE | {"scaling": {"kind": "llama3", "factor": 2.0, "original_max_len": 256}},
+    "mrope": lambda d, h: {"kind": "mrope", "sections": (d // h // 2 - 2 * (d // h // 6), d // h // 6, d // h // 6)},
     "alibi": lambda d, h: {"kind": "alibi"},
     "learned": lambda d, h: {"kind": "learned"},  # added to the embedding
     "sinusoidal": lambda d, h: {"kind": "sinusoidal"},

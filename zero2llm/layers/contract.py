@@ -29,6 +29,7 @@ class Cost:
     flops : per token, whatever the context.  flops_per_key : per token and token that it sees.
     window : tokens seen and stored at most, None = all.  state : values kept per stored token while decoding.
     fixed_state : values kept per row whatever its length, in fp32 or wider.
+    block_state : values kept for every full ``block`` of stored tokens, in fp32 or wider.
     saved : values per token that autograd keeps for backward; None = not modelled.
     """
 
@@ -40,6 +41,8 @@ class Cost:
     fixed_state: int = 0
     saved: int | None = None
     active: int | None = None
+    block: int = 1
+    block_state: int = 0
 
 
 class Mixer(Protocol):

@@ -27,6 +27,7 @@ class Block(nn.Module):
         self.wiring, self.alpha = spec.wiring, (2 * place.n_layers) ** 0.25
         self.mixer = spec.mixer.build(d_model, place)
         self.ffn = spec.ffn.build(d_model) if spec.ffn else None
+        self.ffn_remembers = isinstance(self.ffn, Remembers)
         self.mixer_norm = spec.norm.build(d_model)
         if spec.ffn and spec.wiring != "parallel":
             self.ffn_norm = spec.norm.build(d_model)
@@ -36,12 +37,12 @@ class Block(nn.Module):
 
     def init_state(self, batch: int, max_len: int, *, device=None, dtype=None) -> State:
         memory = self.mixer.init_state(batch, max_len, device=device, dtype=dtype)
-        if isinstance(self.ffn, Remembers):
+        if self.ffn_remembers:
             return Both(memory, self.ffn.init_state(batch, max_len, device=device, dtype=dtype))
         return memory
 
     def forward(self, x: Tensor, seq: Seq, state: State | None = None) -> tuple[Tensor, Aux]:
-        memory, ffn_memory = state.parts if isinstance(state, Both) else (state, None)
+        memory, ffn_memory = state.parts if self.ffn_remembers and state is not None else (state, None)
         if self.wiring == "parallel" and self.ffn is not None:
             normed = self.mixer_norm(x)
             mixed, aux = self.mixer(normed, seq, memory)

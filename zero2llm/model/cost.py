@@ -21,7 +21,7 @@ def layer_costs(spec: LayerSpec, d: int) -> tuple[Cost, Cost, Cost, int]:
 
 
 def parameters(cfg: ModelConfig) -> dict:
-    """total, active (what one token meets), embedding (tokens, learned positions, untied head), non_embedding,
+    """total, active (what one token meets: no prediction beyond the next), embedding (tokens, learned positions, untied head), non_embedding,
     by_component. A tied head counts once."""
     d, vocab = cfg.d_model, cfg.vocab_size * cfg.d_model
     layers = [layer_costs(spec, d) for spec in cfg.specs()]
@@ -32,14 +32,29 @@ def parameters(cfg: ModelConfig) -> dict:
         "ffn": sum(ffn.params for _, ffn, _, _ in layers),
         "norm": sum(norm.params * n for _, _, norm, n in layers),
         "head": 0 if cfg.tie_embeddings else vocab,
+        "mtp": _ahead(cfg)[0],
+        "score": (d + 1) * cfg.score_head,
     }
     parts["norm"] += sum(norm.cost(d).params for norm in (cfg.embed_norm, cfg.final_norm) if norm)
     total, embedding = sum(parts.values()), parts["embed"] + parts["position"] + parts["head"]
-    idle = sum(ffn.params - ffn.active for _, ffn, _, _ in layers if ffn.active is not None)
+    idle = parts["mtp"] + sum(ffn.params - ffn.active for _, ffn, _, _ in layers if ffn.active is not None)
     return {
         "total": total, "active": total - idle, "embedding": embedding, "non_embedding": total - embedding,
         "by_component": parts,
     }  # fmt: skip
+
+
+def _ahead(cfg: ModelConfig, length: int = 1) -> tuple[int, int]:
+    """(parameters, forward FLOPs of a row) of multi-token prediction: per depth a join, a block and a product with V."""
+    if cfg.mtp is None:
+        return 0, 0
+    d = cfg.d_model
+    mixer, ffn, norm, n = layer_costs(cfg.mtp.block or cfg.specs()[-1], d)
+    final = cfg.final_norm.cost(d).params if cfg.final_norm else 0
+    params = 2 * d * d + mixer.params + ffn.params + norm.params * (n + 2) + final
+    flops = (4 * d * d + mixer.flops + ffn.flops + 2 * cfg.vocab_size * d) * length
+    flops += mixer.flops_per_key * keys_seen(length, mixer.window)
+    return cfg.mtp.depth * params, cfg.mtp.depth * flops
 
 
 def keys_seen(length: int, window: int | None) -> int:
@@ -70,7 +85,7 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
 def train_flops_per_token(cfg: ModelConfig, context: int, *, recompute: bool = False) -> float:
     """Forward and backward (3 forwards); with recompute, the blocks once more."""
     again = _block_flops(cfg, context) if recompute else 0
-    return (3 * row_flops(cfg, context) + again) / context
+    return (3 * (row_flops(cfg, context) + _ahead(cfg, context)[1]) + again) / context
 
 
 def decode_flops(cfg: ModelConfig, position: int) -> int:
@@ -90,7 +105,8 @@ def state_bytes_per_token(cfg: ModelConfig, bytes_per_value: int = 2) -> list[tu
 
 def state_bytes(cfg: ModelConfig, tokens: int, bytes_per_value: int = 2) -> int:
     """Decoding state of one row that may grow to ``tokens`` tokens."""
-    fixed = sum(layer_costs(spec, cfg.d_model)[0].fixed_state for spec in cfg.specs()) * max(4, bytes_per_value)
+    parts = [part for spec in cfg.specs() for part in layer_costs(spec, cfg.d_model)[:2]]  # RWKV's two halves have one
+    fixed = sum(p.fixed_state + p.block_state * (tokens // p.block) for p in parts) * max(4, bytes_per_value)
     return fixed + sum(
         b * (tokens if w is None else min(w, tokens)) for b, w in state_bytes_per_token(cfg, bytes_per_value)
     )
@@ -114,6 +130,8 @@ def activation_bytes(
     plus the inside of the largest.
     """
     d, inside = cfg.d_model, []
+    if cfg.mtp is not None:
+        return None
     for spec in cfg.specs():
         mixer, ffn, norm, n = layer_costs(spec, d)
         if None in (mixer.saved, ffn.saved, norm.saved):

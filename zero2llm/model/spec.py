@@ -8,6 +8,7 @@ from zero2llm.core.config import config
 from zero2llm.layers.norms.rms import RMSNormConfig
 from zero2llm.layers.positions.catalog import AddedConfig
 from zero2llm.model.catalog import FfnConfig, MixerConfig, NormConfig
+from zero2llm.model.init import GPT2InitConfig, InitConfig, check_init
 
 Wiring = Literal["pre", "post", "sandwich", "parallel", "branch", "deepnorm"]
 
@@ -31,11 +32,11 @@ class LayerPattern:
 
 
 @config
-class InitConfig:
-    """GPT-2 initialisation: N(0, std), projections that write to the residual stream divided by sqrt(2 layers)."""
+class MTPConfig:
+    """Multi-token prediction (model/heads.py): how many tokens beyond the next, and the block of each depth."""
 
-    std: float = 0.02
-    scale_residual: bool = True
+    depth: int = 1
+    block: LayerSpec | None = None  # None = as the last layer
 
 
 @config
@@ -53,7 +54,9 @@ class ModelConfig:
     final_norm: NormConfig | None = RMSNormConfig()
     tie_embeddings: bool = True
     logit_softcap: float | None = None  # logits z become c tanh(z / c): Gemma 2
-    init: InitConfig = InitConfig()
+    init: InitConfig = GPT2InitConfig()
+    mtp: MTPConfig | None = None
+    score_head: bool = False  # one number per token: reward and value models
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "max_len"):
@@ -67,6 +70,10 @@ class ModelConfig:
         for name in self.blocks:
             if name not in self.layers.pattern:
                 raise ValueError(f"blocks.{name} is defined but layers.pattern never uses it")
+        if self.mtp is not None and self.mtp.depth < 1:
+            raise ValueError(f"mtp.depth = {self.mtp.depth} must be at least 1")
+        ahead = [self.mtp.block] if self.mtp and self.mtp.block else []
+        check_init(self.init, self.specs() + ahead, self.d_model)
 
     def specs(self) -> list[LayerSpec]:
         """The layers in order, pattern unrolled."""

@@ -20,7 +20,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, marks: Marks, ta
 
     Returns (y (B, T, D), the new tail): the last real tokens of the last document, zeros where it is shorter.
     """
-    W, T = weight.shape[1], x.shape[1]
+    W = weight.shape[1]
     taps, tail = shifted(x, W, marks, tail)
     weight = weight.to(x.dtype)
     y = sum(tap * weight[:, W - 1 - j] for j, tap in enumerate(taps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,11 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x[..., ::2], x[..., 1::2]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+def rotate_first(rotate: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``rotate`` as many of the first channels as there are angles for; the others pass. x (B, T, H, K)."""
+    width = 2 * cos.shape[-1]
+    if width == x.shape[-1]:
+        return rotate(x, cos, sin)
+    return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), -1)

@@ -9,15 +9,17 @@ with G = cumsum g inside a chunk of C tokens and S_in the state that enters it,
     o_t = exp(G_t) S_in^T q_t  +  sum_{s <= t} (q_t . k_s exp(G_t - G_s)) v_s          matrix products, all chunks at once
     S_out = exp(G_C) S_in  +  sum_s exp(G_C - G_s) k_s v_s^T                            a loop over T / C chunks
 
-Only differences G_t - G_s <= 0 are ever exponentiated: exp(G_t) * exp(-G_s) would overflow. A document boundary cuts
-three things: which pairs (t, s) meet, who sees S_in, and who writes S_out.
-Layout: q, k (B, ..., T, K), v (B, ..., T, V), g (B, ..., T) or (B, ..., T, K), state (B, ..., K, V); the dimensions
-between broadcast, so that heads may share keys. Cost per token: 4 K V + 2 C (K + V) FLOPs; the state does not grow.
+exp(G_t) * exp(-G_s) would overflow, so `halving` multiplies the factors exp g instead. A document boundary cuts three
+things: which pairs (t, s) meet, who sees S_in, and who writes S_out.
+Layout: q, k (B, ..., T, K), v (B, ..., T, V), g (B, ..., T) or (B, ..., T, K), state (B, ..., K, V). The dimensions
+between broadcast, so that heads may share keys (Mamba-2), and so may a g that rows or heads have in common: what is
+shared is computed once. Cost per token: 4 K V + 2 C (K + V) FLOPs; the state does not grow.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zero2llm.ops.marks import Marks, split, wide
@@ -38,12 +40,13 @@ def scan_steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, marks: Marks, state: 
     """The formula itself, one token at a time: for decoding, and the reference of `scan_chunks`."""
     S = empty_state(q, k, v) if state is None else state
     decay = (g if g.ndim == q.ndim else g[..., None]).exp()[..., None]  # (B, ..., T, K or 1, 1)
+    if marks.doc is not None:
+        goes_on = marks.doc == F.pad(marks.doc[:, :-1], (1, 0))  # (B, T): in the document of the token before
+        decay = decay * goes_on.view(len(goes_on), *[1] * (decay.ndim - 4), -1, 1, 1)
     out = []
-    for t in range(q.shape[-2]):
-        if marks.doc is not None:
-            S = S * continues(marks.doc, t, S.ndim)
-        S = decay[..., t, :, :] * S + k[..., t, :, None] * v[..., t, None, :]
-        out.append((q[..., t, None, :] @ S).squeeze(-2))
+    for q_t, k_t, v_t, decay_t in zip(q.unbind(-2), k.unbind(-2), v.unbind(-2), decay.unbind(-3), strict=True):
+        S = torch.addcmul(decay_t * S, k_t[..., :, None], v_t[..., None, :])
+        out.append((q_t[..., None, :] @ S).squeeze(-2))
     return torch.stack(out, -2), S
 
 
@@ -52,25 +55,23 @@ def scan_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, marks: Marks, state:
     T, per_channel = q.shape[-2], g.ndim == q.ndim
     S = empty_state(q, k, v) if state is None else state
     q, k, v = (split(x, chunk, -2) for x in (q, k, v))  # (B, ..., N, C, K)
-    G = split(g, chunk, -2 if per_channel else -1).cumsum(-2 if per_channel else -1)
-    pairs, sees_state, writes, keeps = boundaries(marks, chunk, q.shape[-3], q.ndim, q.device)
+    a = split(g if per_channel else g[..., None], chunk, -2).exp()  # (B, ..., N, C, K or 1)
+    pairs, sees, writes, keeps = boundaries(marks, chunk, q.shape[-3], q.ndim, q.device)
     if per_channel:
-        weights = decayed_products(q, k, G).masked_fill(~pairs, 0.0)
-        end = G[..., -1:, :]
-        q, k, v_out, after = q * G.exp(), k * (end - G).exp(), v, 1.0
-        factor = end.exp().transpose(-1, -2)  # (B, ..., N, K, 1)
+        weights, q, k, fade = halving(q, k, a)
     else:
-        weights = q @ k.transpose(-1, -2) * (G[..., :, None] - G[..., None, :]).masked_fill(~pairs, -torch.inf).exp()
-        end = G[..., -1:]
-        v_out, after = v * (end - G).exp()[..., None], G.exp()[..., None]
-        factor = end.exp()[..., None]
-    added = k.transpose(-1, -2) @ (v_out * writes)  # (B, ..., N, K, V) what each chunk writes
-    factor = factor * keeps
-    before = []
-    for n in range(added.shape[-3]):
+        one = a.new_ones(chunk, 1)
+        decay, from_start, to_end, fade = halving(one, one, a)
+        weights = q @ k.mT * decay
+        sees, writes = from_start * sees, to_end * writes
+    if marks.doc is not None:
+        weights = weights * pairs
+    added = k.mT @ (v * writes)  # (B, ..., N, K, V) what each chunk writes
+    fade, before = fade.mT * keeps, []
+    for fade_n, added_n in zip(fade.unbind(-3), added.unbind(-3), strict=True):  # unbind: indexing would cost T^2 / C
         before.append(S)
-        S = factor[..., n, :, :] * S + added[..., n, :, :]
-    o = weights @ v + (q @ torch.stack(before, -3)) * (after * sees_state)
+        S = fade_n * S + added_n
+    o = weights @ v + (q @ torch.stack(before, -3)) * sees
     return o.flatten(-3, -2)[..., :T, :], S
 
 
@@ -100,24 +101,30 @@ def boundaries(marks: Marks, chunk: int, n: int, ndim: int, device) -> tuple[Ten
     return pairs, lift((doc == carried)[..., None]), lift((doc == last)[..., None]), lift((carried == last)[..., None])
 
 
-def decayed_products(x: Tensor, y: Tensor, G: Tensor, block: int = 16) -> Tensor:
-    """A[t, s] = sum_k x_tk y_sk exp(G_tk - G_sk) for s <= t, else 0. (..., C, K) each -> (..., C, C).
+def halving(x: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products between the tokens of a chunk, decayed by every factor a <= 1 that lies between them, and what goes with
+    them; x, y, a (..., C, K), the dimensions in front broadcast:
 
-    Two tokens of one block of 16 are multiplied pair by pair; across blocks both are decayed to the later block's
-    first token, which keeps either exponent below 0 and makes it a matrix product (2312.06635 section 4.3).
+        A[t, s] = sum_k x_tk y_sk a_(s+1)k ... a_tk, 0 for s > t        (..., C, C)
+        x_t a_1 ... a_t          decayed since the chunk began           (..., C, K)
+        y_s a_(s+1) ... a_C      decayed until it ends                   (..., C, K)
+        a_1 ... a_C                                                      (..., 1, K)
+
+    All four for blocks of 2 n tokens follow from those for blocks of n: a pair with s in the earlier half and t in the
+    later one meets as y decayed until the former's end times x decayed since the latter's start, a matrix product.
+    Only products of a: no quotient that could overflow, no difference of long sums that would lose digits.
     """
-    C, rows = x.shape[-2], []
-    block = min(block, C)
-    tril = torch.ones(block, block, dtype=torch.bool, device=x.device).tril()[..., None]
-    for i in range(0, C, block):
-        here = slice(i, min(i + block, C))
-        n = here.stop - i
-        gap = (G[..., here, None, :] - G[..., None, here, :]).masked_fill(~tril[:n, :n], -torch.inf)
-        parts = [(x[..., here, None, :] * y[..., None, here, :] * gap.exp()).sum(-1)]
-        if i:
-            ref = G[..., i : i + 1, :]
-            left = x[..., here, :] * (G[..., here, :] - ref).exp()
-            parts.insert(0, left @ (y[..., :i, :] * (ref - G[..., :i, :]).exp()).transpose(-1, -2))
-        parts.append(x.new_zeros(*parts[0].shape[:-1], C - here.stop))
-        rows.append(torch.cat(parts, -1))
-    return torch.cat(rows, -2)
+    C = a.shape[-2]
+    short = (1 << (C - 1).bit_length()) - C  # up to a power of two
+    if short:
+        x, y, a = F.pad(x, (0, 0, 0, short)), F.pad(y, (0, 0, 0, short)), F.pad(a, (0, 0, 0, short), value=1.0)
+    shape = torch.broadcast_shapes(x.shape, y.shape, a.shape)
+    A = (x * y).sum(-1).expand(shape[:-1])[..., None, None]  # (..., C / n, n, n), n = 1
+    x, y, a = (z[..., None, :] for z in (x * a, y.expand(torch.broadcast_shapes(y.shape, a.shape)), a))
+    while A.shape[-3] > 1:
+        (x_1, x_2), (y_1, y_2), (a_1, a_2), (A_1, A_2) = (z.unflatten(-3, (-1, 2)).unbind(-3) for z in (x, y, a, A))
+        cross = x_2 * y_1.mT if x.shape[-1] == 1 else x_2 @ y_1.mT  # (..., C / 2n, n, n)
+        A = torch.cat((F.pad(A_1, (0, cross.shape[-1])), torch.cat((cross, A_2), -1)), -2)
+        x, y, a = torch.cat((x_1, x_2 * a_1), -2), torch.cat((y_1 * a_2, y_2), -2), a_1 * a_2
+    A, x, y, a = (z.squeeze(-3) for z in (A, x, y, a))
+    return A[..., :C, :C], x[..., :C, :], y[..., :C, :], a

@@ -10,27 +10,47 @@ from torch import Tensor, nn
 from zero2llm.core.config import by_kind
 from zero2llm.optim.adamw import AdamW, AdamWConfig
 from zero2llm.optim.muon import Muon, MuonConfig
+from zero2llm.optim.sign import SignSGD
 
 OptimConfig = Annotated[AdamWConfig | MuonConfig, by_kind]
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every trainable parameter in exactly one group: `matrix` (2-D, inside a block), `vector` (norms, biases),
-    `embedding` (tables and the head; a tied head is the embedding and comes once)."""
+    """Every trainable parameter in exactly one group: `matrix` (weights of Linear layers; 3-D: all experts at once),
+    `embedding` (tables and the head; a tied head is the embedding and comes once), `choice` (the bias by which a router
+    chooses), `vector` (norms, biases, and whatever else is no map from one space to another: filters, decays)."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[str, list] = {"matrix": [], "embedding": [], "vector": []}
+    maps = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    groups: dict[str, list] = {"matrix": [], "embedding": [], "vector": [], "choice": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = "vector" if p.ndim < 2 else "embedding" if id(p) in tables or name.startswith("head.") else "matrix"
+            kind = "vector"
+            if name.endswith("router_bias"):
+                kind = "choice"
+            elif id(p) in tables or name.startswith("head."):
+                kind = "embedding"
+            elif id(p) in maps or (p.ndim == 3 and not name.endswith(".bias")):
+                kind = "matrix"
             groups[kind].append((name, p))
     return groups
 
 
+def choice_rates(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> dict[nn.Parameter, float]:
+    """The step of each choice bias: its own module's ``bias_rate``."""
+    return {p: model.get_submodule(name.rpartition(".")[0]).bias_rate for name, p in named}
+
+
 class OptimizerSet:
     """Optimizers that act as one. Weight decay falls on matrices only. State is keyed by parameter name, so it
-    does not depend on the number of ranks or the order of groups."""
+    does not depend on the number of ranks or the order of groups.
 
-    def __init__(self, model: nn.Module, cfg: AdamWConfig | MuonConfig):
+    matrix_lr : what the learning rate of matrices is multiplied by, and their weight decay divided by, so that a step
+    takes away the same share of a weight: an LM's ``width_ratio``, 1 but under muP (2203.03466 table 8).
+    """
+
+    def __init__(self, model: nn.Module, cfg: AdamWConfig | MuonConfig, matrix_lr: float = 1.0):
+        if isinstance(cfg, MuonConfig) and matrix_lr != 1:
+            raise ValueError("init mup scales Adam's learning rates and says nothing about muon: take optim adamw")
         named = split_parameters(model)
         params = {kind: [p for _, p in group] for kind, group in named.items()}
         self.names = {id(p): name for group in named.values() for name, p in group}
@@ -39,13 +59,17 @@ class OptimizerSet:
             rest = AdamWConfig(lr=cfg.adamw_lr or cfg.lr, betas=cfg.betas, weight_decay=0.0)
             self.parts: list[torch.optim.Optimizer] = [Muon([{"params": params["matrix"]}], cfg), AdamW(plain, rest)]
         else:
-            self.parts = [AdamW([{"params": params["matrix"]}, *plain], cfg)]
-        self.groups = [group for part in self.parts for group in part.param_groups]
+            scaled = {"lr": cfg.lr * matrix_lr, "weight_decay": cfg.weight_decay / matrix_lr}
+            self.parts = [AdamW([{"params": params["matrix"], **scaled}, *plain], cfg)]
+        self.groups = [group for part in self.parts for group in part.param_groups]  # those under schedule and clipping
         for group in self.groups:
             group["peak_lr"] = group["lr"]
+        if params["choice"]:
+            self.parts.append(SignSGD(choice_rates(model, named["choice"])))
 
     @property
     def params(self) -> list[nn.Parameter]:
+        """Those with a true gradient, to be averaged and clipped: all but the choice biases, which count load."""
         return [p for group in self.groups for p in group["params"]]
 
     def set_lr(self, factor: float) -> float:
@@ -59,8 +83,8 @@ class OptimizerSet:
             part.step()
 
     def zero_grad(self) -> None:
-        for p in self.params:
-            p.grad = None
+        for part in self.parts:
+            part.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Flat ``parameter/key`` -> tensor, ready for safetensors."""
@@ -82,5 +106,5 @@ class OptimizerSet:
             part.state[p][key] = value.to(p.device) if key != "step" else value.clone()
 
 
-def build_optim(model: nn.Module, cfg: AdamWConfig | MuonConfig) -> OptimizerSet:
-    return OptimizerSet(model, cfg)
+def build_optim(model: nn.Module, cfg: AdamWConfig | MuonConfig, matrix_lr: float = 1.0) -> OptimizerSet:
+    return OptimizerSet(model, cfg, matrix_lr)

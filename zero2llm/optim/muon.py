@@ -74,11 +74,12 @@ class Muon(torch.optim.Optimizer):
                 self.state[p] = {"m": torch.zeros_like(p)}
         grads, m = [p.grad for p in params], [self.state[p]["m"] for p in params]
         torch._foreach_lerp_(m, grads, 1 - self.momentum)
-        update = torch.stack(torch._foreach_lerp(grads, m, self.momentum))  # (N, rows, cols)
+        stacked = torch.stack(torch._foreach_lerp(grads, m, self.momentum))
+        update = stacked.flatten(0, -3)  # (N, rows, cols); a 3-D parameter is a matrix per expert
         rows, cols = update.shape[1:]
         dtype = torch.bfloat16 if update.device.type == "cuda" else torch.float32
         wide = update.mT if rows > cols else update
         ortho = newton_schulz(wide.to(dtype), self.iterations).to(update.dtype)
         ortho = ortho.mT if rows > cols else ortho
         torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_add_(params, list(ortho.unbind(0)), alpha=-lr * 0.2 * max(rows, cols) ** 0.5)
+        torch._foreach_add_(params, list(ortho.view_as(stacked).unbind(0)), alpha=-lr * 0.2 * max(rows, cols) ** 0.5)

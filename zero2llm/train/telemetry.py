@@ -16,6 +16,8 @@ from zero2llm.train.fit import FitState
 
 MEANING = {
     "loss": "training loss of this step, nats per target token (DPO: per pair)",
+    "mtp": "multi-token prediction: nats per token behind the next one, mean over its depths",
+    "valid_mtp": "the same on held-out data",
     "valid_loss": "loss on held-out data, nats per target token",
     "valid_ppl": "perplexity on held-out data: exp of valid_loss",
     "valid_bpb": "bits per byte of held-out text: comparable between tokenizers",

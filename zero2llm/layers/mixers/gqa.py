@@ -31,7 +31,7 @@ from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.kv import KVState
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.norms.rms import RMSNorm
-from zero2llm.layers.positions.alibi import ALiBi, ALiBiConfig
+from zero2llm.layers.positions.alibi import ALiBi
 from zero2llm.layers.positions.catalog import AttentionPositionConfig
 from zero2llm.layers.positions.none import NoPositionConfig
 from zero2llm.layers.positions.rope import RoPEConfig
@@ -67,6 +67,12 @@ class GQAConfig:
             raise ValueError(f"window = {self.window} must be at least 1 (the token itself)")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap = {self.softcap} must be positive")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"scale = {self.scale} must be positive")
+        if not self.qk_norm and (self.qk_norm_plus_one or self.qk_norm_span != "head"):
+            raise ValueError("qk_norm_plus_one and qk_norm_span need qk_norm: true")
+        if isinstance(self.position, RoPEConfig) and self.position.score_factor != 1:
+            raise ValueError(f"mscale_all_dim = {self.position.scaling.mscale_all_dim} is for mla; here give `scale`")
         return GQA(d_model, self.n_heads, n_kv, self.head_dim or d_model // self.n_heads, self)
 
     def cost(self, d_model: int) -> Cost:
@@ -77,13 +83,11 @@ class GQAConfig:
         biases = self.qkv_bias * k * (h + 2 * g) + self.out_bias * d
         norms = self.qk_norm * (2 * k if self.qk_norm_span == "head" else (h + g) * k)
         normed = self.qk_norm * (2 * (h + g) * k + (h + g if self.qk_norm_span == "head" else 2))
-        angles = k if isinstance(self.position, RoPEConfig) else 0
-        saved = d + normed + angles + 2 * h * k + 2 * g * k + h
-        unusual = self.softcap or self.sink or self.gate or isinstance(self.position, ALiBiConfig)
-        return Cost(
-            weights + biases + norms + self.sink * h, 2 * weights, 4 * h * k, self.window, 2 * g * k,
-            saved=None if unusual else saved,
-        )  # fmt: skip
+        angles = self.position.saved(k)
+        unusual = self.softcap or self.sink or self.gate or angles is None
+        saved = None if unusual else d + normed + angles + 2 * h * k + 2 * g * k + h
+        params = weights + biases + norms + self.sink * h
+        return Cost(params, 2 * weights, 4 * h * k, self.window, 2 * g * k, saved=saved)
 
 
 class GQA(nn.Module):

@@ -47,12 +47,13 @@ class RetNetConfig:
         """(K, V) of a head. Raises ValueError for what cannot be built."""
         if self.n_heads < 1 or (self.head_dim is None and d_model % self.n_heads):
             raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
-        if self.chunk < 1:
-            raise ValueError(f"chunk = {self.chunk} must be positive")
-        k = self.head_dim or d_model // self.n_heads
-        if k % 2 or (self.value_dim or 1) < 1:
-            raise ValueError(f"retention rotates pairs: head_dim = {k} must be even, value_dim = {self.value_dim} positive")
-        return k, self.value_dim or 2 * k
+        k = d_model // self.n_heads if self.head_dim is None else self.head_dim
+        v = 2 * k if self.value_dim is None else self.value_dim
+        if k % 2:
+            raise ValueError(f"retention rotates pairs of channels: head_dim = {k} must be even")
+        if min(self.chunk, k, v) < 1:
+            raise ValueError(f"chunk = {self.chunk}, head_dim = {k} and value_dim = {v} must be at least 1")
+        return k, v
 
     def cost(self, d_model: int) -> Cost:
         k, v = self.widths(d_model)
@@ -62,7 +63,7 @@ class RetNetConfig:
 
 
 class RetNet(nn.Module):
-    tp: ClassVar = {"q_proj": "col", "k_proj": "col", "v_proj": "col", "g_proj": "col", "o_proj": "row"}
+    tp: ClassVar = None  # the decays are numbered over all heads
 
     def __init__(self, d_model: int, cfg: RetNetConfig):
         super().__init__()
@@ -89,7 +90,7 @@ class RetNet(nn.Module):
         q, k = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj))  # (B, T, H, K)
         q, k = self.position(q, k, seq)
         v = self.v_proj(x).unflatten(-1, (-1, self.value_dim))
-        k, g = marks.silence(k, self.log_decay(x).expand(len(x), -1, -1))
+        k, g = marks.silence(k, self.log_decay(x))
         o, S = scan(
             q.transpose(1, 2) * self.head_dim**-0.5, k.transpose(1, 2), v.transpose(1, 2), g.transpose(1, 2),
             marks, None if state is None else state["S"], self.chunk,

@@ -26,6 +26,10 @@ class ALiBiConfig:
     def build(self, head_dim: int, n_heads: int) -> ALiBi:
         return ALiBi(n_heads)
 
+    def saved(self, head_dim: int) -> None:
+        """Not modelled: the fused kernel keeps the bias, H values per token and key."""
+        return None
+
 
 class ALiBi(nn.Module):
     def __init__(self, n_heads: int):

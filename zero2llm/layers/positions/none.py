@@ -17,6 +17,9 @@ class NoPositionConfig:
     def build(self, head_dim: int, n_heads: int = 1) -> NoPosition:
         return NoPosition()
 
+    def saved(self, head_dim: int) -> int:
+        return 0
+
 
 class NoPosition(nn.Module):
     def forward(self, q: Tensor, k: Tensor, seq: Seq) -> tuple[Tensor, Tensor]:
