@@ -4,16 +4,21 @@
     w <- w (1 - lr * decay) - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 Source: 1711.05101 algorithm 2; the step size multiplies the decay too. State: 2 values a parameter.
+A step is bound by memory: 8 passes over w, g, m and v. On a CPU it goes block by block, so that only the first pass of a
+block leaves the cache; every element sees the same operations in the same order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from zero2llm.core.config import config
+
+BLOCK = 2**17  # elements: four tensors of them are 2 MiB in fp32
 
 
 @config
@@ -46,15 +51,34 @@ class AdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
             self.state[p]["step"] += 1
-        b1, b2 = self.betas
-        grads: list[Tensor] = [p.grad for p in params]
-        m, v = ([self.state[p][key] for p in params] for key in "mv")
+        rows = [(p, p.grad, self.state[p]["m"], self.state[p]["v"]) for p in params]
         t = float(self.state[params[0]]["step"])
-        torch._foreach_lerp_(m, grads, 1 - b1)
+        for block in blocks(rows) if params[0].device.type == "cpu" else [rows]:
+            self._update_block(*map(list, zip(*block, strict=True)), lr, decay, t)
+
+    def _update_block(self, p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], lr: float, decay: float,
+                      t: float) -> None:  # fmt: skip
+        b1, b2 = self.betas
+        torch._foreach_lerp_(m, g, 1 - b1)
         torch._foreach_mul_(v, b2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+        torch._foreach_addcmul_(v, g, g, 1 - b2)
         denominator = torch._foreach_sqrt(v)
         torch._foreach_div_(denominator, (1 - b2**t) ** 0.5)
         torch._foreach_add_(denominator, self.eps)
-        torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, m, denominator, -lr / (1 - b1**t))
+        torch._foreach_mul_(p, 1 - lr * decay)
+        torch._foreach_addcdiv_(p, m, denominator, -lr / (1 - b1**t))
+
+
+def blocks(rows: list[tuple[Tensor, ...]], size: int = BLOCK) -> Iterator[list[tuple[Tensor, ...]]]:
+    """The same tensors as views of about ``size`` elements at a time, all of a row (equal shapes) cut alike."""
+    batch, n = [], 0
+    for row in rows:
+        whole = not all(x.is_contiguous() for x in row)
+        for piece in [row] if whole else zip(*(x.view(-1).split(size) for x in row), strict=True):
+            batch.append(piece)
+            n += piece[0].numel()
+            if n >= size:
+                yield batch
+                batch, n = [], 0
+    if batch:
+        yield batch

@@ -18,7 +18,8 @@ OptimConfig = Annotated[AdamWConfig | MuonConfig, by_kind]
 def split_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Every trainable parameter in exactly one group: `matrix` (weights of Linear layers; 3-D: all experts at once),
     `embedding` (tables and the head; a tied head is the embedding and comes once), `choice` (the bias by which a router
-    chooses), `vector` (norms, biases, and whatever else is no map from one space to another: filters, decays)."""
+    chooses), `vector` (norms, biases, and all that is no Linear: filters, decays, RWKV-7's low-rank pairs). Decay falls on
+    `matrix` alone."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     maps = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups: dict[str, list] = {"matrix": [], "embedding": [], "vector": [], "choice": []}

@@ -11,7 +11,7 @@ Source: DeepSeek-V3.2 2512.02556 section 2.1; top_k >= T is its dense warm-up. T
 from everything else alone: x, c^Q and p are detached. Rotated are the first rope_dim channels, in halves. Left out: the Hadamard
 rotation of q^I and k^I and their FP8, which change speed, not the formula.
 Why: attention costs top_k keys a token instead of T; the indexer 2 H_I (K_I + 1) FLOPs per token and key. Training here is the
-dense mask and computes the attention twice (once for p); decoding gathers top_k entries. Stored: MLA's r + rope values
+dense mask, computes the attention twice (once for p) and holds H_I T^2 scores; decoding gathers top_k entries. Stored: MLA's r + rope values
 per token and layer, and K_I of the index key.
 Shapes: x (B, T, D) -> (B, T, D).
 """
