@@ -142,7 +142,7 @@ def export(checkpoint: Path, out: Path, to: str, overwrite: bool) -> None:
               help="PART=NAME,NAME ...: mixer, ffn, norm, position or wiring; a+b = a hybrid; all = every name.")  # fmt: skip
 @click.option("--seeds", default=3, help="Runs of each variant.")
 @click.option("--jobs", default=1, help="Runs at a time, on as many parts of the cores.")
-@click.option("--task-steps", default=300, help="Training steps for recall and copying; 0 = leave them out.")
+@click.option("--task-steps", default=200, help="Training steps for recall and copying; 0 = leave them out.")
 @click.option("--overwrite", is_flag=True, help="Do again what is there; without it, only what is missing.")
 def compare(recipe: Path | None, overrides: tuple[str, ...], swap: str, seeds: int, jobs: int, task_steps: int,
             overwrite: bool) -> None:  # fmt: skip

@@ -58,6 +58,29 @@ def test_a_hybrid_fills_the_layers_in_turn():
     assert [spec.mixer.kind for spec in cfg.specs()] == ["retnet", "retnet", "gqa"]
 
 
+@pytest.mark.parametrize("name", ["rope+learned", "learned+rope", "none+sinusoidal", "learned+learned"])
+def test_a_hybrid_with_a_position_that_is_added_is_refused(name):
+    base = to_dict(load_recipe(BUILT_IN / "compare.yaml").model)
+    with pytest.raises(ValueError, match="added to the embedding, for all layers at once"):
+        swapped(base, "position", name)
+    assert [b["mixer"]["position"]["kind"] for b in swapped(base, "position", "rope+alibi")["blocks"].values()] == ["rope", "alibi"]
+
+
+def test_an_added_position_may_come_from_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("kind: learned\n", encoding="utf-8")
+    cfg = swapped(to_dict(load_recipe(BUILT_IN / "compare.yaml").model), "position", str(tmp_path / "mine.yaml"))
+    assert cfg["position"] == {"kind": "learned"} and all(b["mixer"]["position"]["kind"] == "none" for b in cfg["blocks"].values())
+
+
+def test_a_width_left_to_the_published_one_is_scaled():
+    base = load_recipe(BUILT_IN / "compare.yaml").model
+    model = swapped(to_dict(base), "ffn", "rwkv_channel")
+    given = matched(model, parameters(base)["total"])
+    for block in model["blocks"].values():
+        block["ffn"]["hidden"] = None
+    assert matched(model, parameters(base)["total"]) == given
+
+
 def test_a_mixer_that_leaves_no_room_is_refused():
     base = to_dict(preset("llama-nano"))
     with pytest.raises(ValueError, match="cannot be brought within 3%"):

@@ -187,6 +187,19 @@ def test_schedules_by_hand():
     assert WSDConfig(warmup=0.0, decay=1.0, shape="sqrt").factor(5, 20) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: CosineConfig(warmup=1.0), "warmup = 1.0 must be a share"), (lambda: CosineConfig(warmup=-0.1), "warmup = -0.1"),
+    (lambda: CosineConfig(floor=1.5), "floor = 1.5"), (lambda: ConstantConfig(warmup=200.0), "warmup = 200.0"),
+    (lambda: WSDConfig(warmup=0.5, decay=0.6), "warmup = 0.5 and decay = 0.6 .* together at most 1"),
+    (lambda: WSDConfig(decay=-0.1), "decay = -0.1"), (lambda: WSDConfig(floor=-0.1), "floor = -0.1"),
+    (lambda: MuonConfig(adamw_lr=0.0), "adamw_lr = 0.0 must be positive"), (lambda: MuonConfig(adamw_lr=-1.0), "adamw_lr = -1.0"),
+    (lambda: MuonConfig(weight_decay=-0.1), "weight_decay = -0.1"),
+], ids=str)  # fmt: skip
+def test_impossible_schedules_and_rates_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
 def test_parameter_groups_partition():
     model = tiny()
     groups = split_parameters(model)

@@ -78,3 +78,57 @@ def test_mup_reaches_the_optimizer_of_a_stage(root, monkeypatch):
     assert [g["peak_lr"] for g in made[0].groups] == [0.0025, 0.01, 0.01]
     model = Checkpoint.open(run).load_model()
     assert model.width_ratio == 0.25 and model.cfg.init.kind == "mup"
+
+
+@pytest.mark.parametrize(("model", "more", "says"), [
+    ({"blocks": {"qwen3": {"mixer": {"window": 0}}}}, {}, "blocks.qwen3: window = 0"),
+    ({"blocks": {"qwen3": {"mixer": {"n_heads": 3, "n_kv_heads": 2}}}}, {}, "n_heads = 3 must be a multiple"),
+    ({"blocks": {"qwen3": {"ffn": {"kind": "moe", "n_experts": 2, "top_k": 3, "hidden": 8}}}}, {}, "top_k = 3"),
+    ({"blocks": {"qwen3": {"ffn": {"kind": "expert_choice", "n_experts": 2, "hidden": 8}}}}, {}, "cannot generate"),
+    ({"score_head": True}, {}, "no objective trains it yet"),
+    ({"logit_softcap": 0}, {}, "logit_softcap = 0"),
+    ({}, {"optim": {"kind": "adamw", "eps": -1}}, "eps = -1"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_read(root, model, more, says):
+    keys = recipe(root, "pretrain")
+    given = {"preset": "qwen3-nano", "vocab_size": 300, "d_model": 16, "max_len": 64, "layers": {"repeat": 2}}
+    with pytest.raises(ValueError, match=says):
+        make_recipe(**(keys | {"model": given | model} | more))
+
+
+def test_dpo_trains_what_layers_report_as_losses():
+    from tests.contract.test_fit import ragged
+    from zero2llm.core.batch import Batch
+    from zero2llm.core.config import parse, to_dict
+    from zero2llm.lab.variants import swapped
+    from zero2llm.model.lm import LM
+    from zero2llm.model.presets import llama
+    from zero2llm.model.spec import ModelConfig
+    from zero2llm.train.objectives.dpo import DPOConfig
+
+    base = to_dict(llama(31, 32, 1, 2, 2, 48, 64, tied=True))
+    model = LM(parse(ModelConfig, swapped(swapped(base, "mixer", "dsa"), "ffn", "moe")))
+    batch = ragged()
+    loss = DPOConfig().build(LM.clone(model))(model, Batch(batch.tokens, batch.labels, batch.seq, group=2))
+    loss.total.backward()
+    indexer = [p.grad for n, p in model.named_parameters() if "index" in n]
+    assert indexer and all(g is not None and g.abs().sum() > 0 for g in indexer)
+
+
+@pytest.mark.slow
+def test_compiling_holds_with_recomputation():
+    from tests.contract.test_fit import Repeat, ragged, tiny
+    from zero2llm.optim.adamw import AdamWConfig
+    from zero2llm.train.fit import FitConfig, fit
+    from zero2llm.train.objectives.clm import CLM
+
+    batch, model = ragged(), tiny()
+    twin = zero2llm.LM.clone(model)
+    fit(model, CLM(), Repeat(batch), build_optim(model, AdamWConfig(lr=1e-3)), FitConfig(steps=3, micro_rows=6))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    both = FitConfig(steps=3, compile=True, recompute=True, micro_rows=6)
+    fit(twin, CLM(), Repeat(batch), build_optim(twin, AdamWConfig(lr=1e-3)), both)
+    assert not torch._dynamo.utils.counters["graph_break"], "a broken graph runs uncompiled"
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

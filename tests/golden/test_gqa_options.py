@@ -105,6 +105,12 @@ def test_weights_to_look_at_are_those_of_the_formula(name):
         torch.testing.assert_close(weights[0, head, 7], torch.tensor([0.0] * 5 + expected, dtype=torch.float64), **EXACT)
 
 
+def test_heads_are_not_for_sharding_where_one_norm_or_table_spans_them():
+    assert GQAConfig(n_heads=2, sink=True).build(8).tp["sinks"] == "col"
+    for spans in ({"qk_norm": True, "qk_norm_span": "all"}, {"position": ALiBiConfig()}):
+        assert GQAConfig(n_heads=2, **spans).build(8).tp is None
+
+
 def test_impossible_options_are_refused_with_their_values():
     with pytest.raises(ValueError, match="softcap = 0.0 must be positive"):
         GQAConfig(n_heads=2, softcap=0.0).build(8)

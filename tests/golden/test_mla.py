@@ -142,7 +142,8 @@ def test_cost_of_deepseek_v3():
         ({"n_heads": 0}, "n_heads = 0"), ({"kv_rank": 0}, "kv_rank = 0"), ({"kv_rank": 13}, "kv_rank = 13 .* d_model = 12"),
         ({"q_rank": 0}, "q_rank = 0"), ({"q_rank": 13}, "q_rank = 13 .* d_model = 12"), ({"nope_dim": 0}, "nope_dim = 0"),
         ({"v_dim": 0}, "v_dim = 0"), ({"rope_dim": 0}, "rope_dim = 0"), ({"rope_dim": 3}, "head_dim = 3 must be even"),
-        ({"rope_dim": -1, "position": NONE}, "rope_dim = -1"),
+        ({"rope_dim": -1, "position": NONE}, "rope_dim = -1"), ({"scale": 0.0}, "scale = 0.0 must be positive"),
+        ({"scale": -0.5}, "scale = -0.5"), ({"norm_eps": -1e-6}, "norm_eps = -1e-06 must not be negative"),
     ],
 )  # fmt: skip
 def test_refusals(change, says):

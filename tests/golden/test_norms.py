@@ -7,9 +7,11 @@ import torch
 
 from tests.golden.test_layers import EXACT, randomised
 from zero2llm.core.config import parse
+from zero2llm.core.log import log_once
 from zero2llm.core.seq import Seq
 from zero2llm.layers.norms.batch import BatchNormConfig
 from zero2llm.layers.norms.dyt import DyTConfig
+from zero2llm.layers.norms.layer import LayerNormConfig
 from zero2llm.layers.norms.rms import RMSNormConfig
 from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
@@ -103,6 +105,15 @@ def test_batch_norm_leaks_in_training_and_not_in_eval(what):
         assert difference(language_model(kind).train(), change, seq, look) == 0
 
 
+def test_batch_norm_says_once_that_it_leaks_and_only_if_it_trains(capsys):
+    log_once.cache_clear()
+    model = language_model("batch").eval()
+    assert capsys.readouterr().err == ""
+    model.train()
+    model.train()
+    assert capsys.readouterr().err.count("batch norm leaks while it trains") == 1
+
+
 def test_two_micro_batches_are_not_one_batch():
     x = torch.randint(0, 11, (4, 8))
     for kind, equal in (("batch", False), ("rms", True), ("dyt", True)):
@@ -118,6 +129,9 @@ def test_impossible_norms_are_refused_with_their_values():
     for momentum in (0.0, 1.5):
         with pytest.raises(ValueError, match=f"momentum = {momentum} must be above 0"):
             BatchNormConfig(momentum=momentum).build(D)
+    for cfg in (RMSNormConfig(eps=-1e-6), LayerNormConfig(eps=-1e-6), BatchNormConfig(eps=-1e-6)):
+        with pytest.raises(ValueError, match="eps = -1e-06 must not be negative"):
+            cfg.build(D)
     with pytest.raises(ValueError, match="single token"):
         BatchNormConfig().build(D)(torch.randn(1, 1, D))
 

@@ -11,6 +11,7 @@ from zero2llm.core.seq import Seq
 from zero2llm.layers.mixers.gqa import GQAConfig
 from zero2llm.layers.positions.catalog import AttentionPositionConfig
 from zero2llm.layers.positions.interpolation import ScalingConfig
+from zero2llm.model.catalog import MixerConfig
 
 K, BASE, T, D = 8, 50.0, 7, 16  # width of a head, base, tokens, width of the model
 ANGLE = dict(atol=1e-5, rtol=0)  # angles are computed in fp32 by design
@@ -199,7 +200,11 @@ def test_impossible_positions_are_refused_with_their_values(data, reason):
         parse(AttentionPositionConfig, data).build(8)
 
 
-def test_attention_refuses_yarn_s_share_for_all_scores():
+@pytest.mark.parametrize("mixer", [
+    {"kind": "gqa", "n_heads": 2}, {"kind": "moba", "n_heads": 2}, {"kind": "nsa", "n_heads": 2},
+    {"kind": "performer", "n_heads": 2}, {"kind": "gau_flash", "key_dim": 8},
+], ids=lambda m: m["kind"])  # fmt: skip
+def test_attention_refuses_yarn_s_share_for_all_scores(mixer):
     scaling = {"kind": "yarn", "factor": 4.0, "original_max_len": 64, "mscale": 1.0, "mscale_all_dim": 0.7}
     with pytest.raises(ValueError, match="mscale_all_dim = 0.7"):
-        GQAConfig(n_heads=2, position=parse(AttentionPositionConfig, {"kind": "rope", "scaling": scaling})).build(16)
+        parse(MixerConfig, mixer | {"position": {"kind": "rope", "scaling": scaling}}).build(16)

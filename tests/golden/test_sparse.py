@@ -256,6 +256,7 @@ def test_cost_counts_every_parameter(name):
 REFUSED = [
     (MoBAConfig(n_heads=5), "d_model = 12 .* n_heads = 5"), (MoBAConfig(n_heads=4, n_kv_heads=3), "n_heads = 4 .* n_kv_heads = 3"),
     (MoBAConfig(n_heads=2, n_kv_heads=0), "n_kv_heads = 0"), (MoBAConfig(n_heads=0), "n_heads = 0"), (MoBAConfig(n_heads=2, head_dim=0), "head_dim = 0"),
+    (NSAConfig(n_heads=2, n_kv_heads=0), "n_kv_heads = 0"), (NSAConfig(n_heads=2, head_dim=0), "head_dim = 0"),
     (MoBAConfig(n_heads=2, block=0), "block = 0"), (MoBAConfig(n_heads=2, top_k=0), "top_k = 0"), (MoBAConfig(n_heads=4, position=ROPE), "head_dim = 3"),
     (NSAConfig(n_heads=5), "d_model = 12 .* n_heads = 5"), (NSAConfig(n_heads=4, n_kv_heads=3), "n_kv_heads = 3"), (NSAConfig(n_heads=2, window=0), "window = 0"),
     (NSAConfig(n_heads=2, span=33), "stride = 16 must divide span = 33"), (NSAConfig(n_heads=2, block=40), "block = 40"),

@@ -213,6 +213,8 @@ def test_mamba_starts_with_the_published_values():
         (LogLinearConfig(n_heads=2, chunk=24), "chunk = 24 must be a power of two"),
         (LogLinearConfig(n_heads=2, levels=1), "levels = 1"),
         (LogLinearConfig(n_heads=2, levels=64), "levels = 64"),
+        (LogLinearConfig(n_heads=2, norm_eps=-1.0), "norm_eps = -1.0"),
+        (Mamba1Config(norm_eps=-1.0), "norm_eps = -1.0"),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.laws.test_selective_scan import rows
+from zero2llm.core.seq import Seq
 from zero2llm.ops import log_linear as forms
 from zero2llm.ops.marks import Marks
 
@@ -37,19 +38,48 @@ def outcome(form, kind: str, levels: int, streamed: bool):
 @pytest.mark.parametrize("chunk", [1, 2, 8, 32, 64])
 @pytest.mark.parametrize("levels", [2, 4, 8])
 def test_chunks_equal_steps(kind, chunk, levels):
-    for streamed in (True, False) if kind in ("plain", "packed") else (True,):
+    for streamed in (True, False):
         steps = outcome(forms.log_linear_steps, kind, levels, streamed)
         chunks = outcome(lambda *a: forms.log_linear_chunks(*a, chunk), kind, levels, streamed)
         for a, b in zip(steps, chunks, strict=True):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", ["plain", "goes on", "packed", "packed, goes on"])
 @pytest.mark.parametrize("levels", [2, 3, 7])
 def test_the_tree_equals_the_formula(kind, levels):
     dense = lambda *a: (forms.log_linear_dense(*a[:-1]), None)
     for a, b in zip(*(outcome(form, kind, levels, False) for form in (dense, forms.log_linear_steps)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("start", [1, 5, 4093])
+def test_a_row_that_opens_inside_a_document_counts_from_its_first_token(start):
+    (q, k, v, g, lam), _ = inputs(7)
+    q, k, v, g, lam = (x[:, :, :8] for x in (q, k, v, g, lam))
+    want = torch.zeros_like(v)
+    for t in range(8):
+        for s in range(t + 1):
+            weight = lam[:, :, t, (t ^ s).bit_length()] * g[:, :, s + 1 : t + 1].sum(-1).exp() * (q[:, :, t] * k[:, :, s]).sum(-1)
+            want[:, :, t] += weight[..., None] * v[:, :, s]
+    pos = Seq.rows(B, 8, start).pos
+    for got in (
+        forms.log_linear_dense(q, k, v, g, lam, pos, Marks()),
+        forms.log_linear_steps(q, k, v, g, lam, pos, Marks(), None)[0],
+        forms.log_linear_chunks(q, k, v, g, lam, pos, Marks(), None, 4)[0],
+    ):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+def test_a_window_of_packed_rows_is_that_row_with_its_first_document_begun_anew(chunk):
+    seg = torch.tensor([[1] * 9 + [2] * 14 + [3] * 14, [1] * 20 + [2] * 9 + [0] * 8])
+    window = Seq.of_segments(seg).window(5, 33)
+    anew = Seq.of_segments(seg[:, 5:33])
+    (q, k, v, g, lam), _ = inputs(7)
+    q, k, v, g, lam = (x[:, :, 5:33] for x in (q, k, v, g, lam))
+    first, second = (forms.log_linear_chunks(q, k, v, g, lam, s.pos, Marks.of(s, False), None, chunk)[0] for s in (window, anew))
+    torch.testing.assert_close(first * (window.seg != 0)[:, None, :, None], second * (window.seg != 0)[:, None, :, None], atol=1e-11, rtol=0)
 
 
 def test_equal_weights_are_gated_linear_attention():

@@ -17,8 +17,8 @@ class Seq:
     """Positions and documents of a batch of rows; one object for training, packed and cached forward.
 
     pos : (B, T) int64, index of each token inside its own document (the clock; owned by the caller).
-    seg : (B, T) int32 document number, rising along a row (KVState takes the highest as the last), 0 = padding; ``None`` =
-        every row is one document without padding.
+    seg : (B, T) int32 document number, rising along a row (KVState takes the highest as the last), 0 = padding;
+        ``None`` = every row is one document without padding.
     grid : (B, T, 3) int64 time, height and width of each token for M-RoPE; ``None`` = text, all three equal pos.
     memo : what layers derive from pos and seg (masks, angles, slots), worked out once per forward pass, not per layer;
         and what a layer hands to later ones of the same pass (RWKV-7's first values).

@@ -45,8 +45,9 @@ class Job:
         return found if found["key"] == read_json(self.path)["key"] else None
 
 
-def compare(recipe: Recipe, swap: str, seeds: int, jobs: int = 1, task_steps: int = 300, overwrite: bool = False) -> list[dict]:  # fmt: skip
-    """Run what is missing of ``swap`` x ``seeds`` in ``recipe.out`` and write its pages. Returns the results.
+def compare(recipe: Recipe, swap: str, seeds: int, jobs: int = 1, task_steps: int = 200, overwrite: bool = False) -> list[dict]:  # fmt: skip
+    """Run what is missing of ``swap`` x ``seeds`` in ``recipe.out`` and write its pages. Returns the results. The made-up
+    tasks are learned once, with the first seed.
 
     Raises ValueError for a swap, size or folder that cannot work, before anything is trained.
     """
@@ -64,7 +65,7 @@ def compare(recipe: Recipe, swap: str, seeds: int, jobs: int = 1, task_steps: in
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {recipe.model.vocab_size}")
     build_sets(recipe, tokenizer, folder, World.current())
     plain = to_dict(dataclasses.replace(recipe, out=""))
-    todo = [_job(folder, plain, models[name], part, name, seed, task_steps) for seed in range(1, seeds + 1) for name in names]
+    todo = [_job(folder, plain, models[name], part, name, seed, task_steps if seed == 1 else 0) for seed in range(1, seeds + 1) for name in names]
     _run_all([job for job in todo if job.done() is None], folder, jobs)
     results = [result for job in todo if (result := job.done())]
     write_pages(folder, results, part, recipe, {job.variant: job.failed for job in todo if job.failed})

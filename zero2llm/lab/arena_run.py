@@ -20,6 +20,7 @@ from zero2llm.core.config import parse
 from zero2llm.core.device import pick_device
 from zero2llm.core.files import read_json, write_atomic
 from zero2llm.core.seeds import seed_all
+from zero2llm.core.seq import Seq
 from zero2llm.data.loader import DocumentRows, Loader
 from zero2llm.data.shards import TokenShards
 from zero2llm.evals import synthetic
@@ -46,11 +47,23 @@ def run(folder: Path, job: dict) -> dict:
     device, began = pick_device(recipe.device), time.perf_counter()
     count = parameters(cfg)
     found = {"key": job["key"], "variant": job["variant"], "seed": job["seed"], "parameters": count["total"], "active": count["active"]}  # fmt: skip
+    found["leak"] = leak(cfg)
     found |= language(folder, recipe, cfg, job["seed"], device)
     found["state_bytes"] = {str(n): state_bytes(cfg, n, 2) for n in (1024, 2048)}
     for name in TASKS if job["task_steps"] else ():
         found[name] = task(name, recipe, job, device)
     return found | {"seconds": time.perf_counter() - began}
+
+
+@torch.no_grad()
+def leak(cfg: ModelConfig) -> float:
+    """Change of earlier outputs by the last token: above rounding, bits per byte are not comparable."""
+    seed_all(0)
+    model, x = LM(cfg).eval(), torch.randint(0, cfg.vocab_size, (4, 32))
+    other = x.clone()
+    other[:, -1] = (x[:, -1] + 1) % cfg.vocab_size
+    seq = Seq.rows(4, 32)
+    return float((model(x, seq)[0] - model(other, seq)[0])[:, :-1].abs().max())
 
 
 def language(folder: Path, recipe: Recipe, cfg: ModelConfig, seed: int, device: torch.device) -> dict:

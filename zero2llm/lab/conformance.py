@@ -63,7 +63,7 @@ def tokens(rows: int = 2, n: int = T) -> Tensor:
 
 
 def causality(model: LM) -> float:
-    """Largest change of an output by a later token, in eval: of batch norm's training it says nothing. Must be exactly 0."""
+    """Largest change of an output by a later token, in eval (batch norm in training is not seen). Must be exactly 0."""
     x, worst = tokens(), 0.0
     full = model(x, Seq.rows(2, T))[0]
     for t in (1, 7, 40, T - 1):
@@ -115,7 +115,7 @@ def recomputed(model: LM) -> float:
 
 
 def compiled(part: str, name: str) -> str:
-    """torch.compile of the forward pass (no gradient), whole graph, fp32, against eager, relative to the output's spread."""
+    """torch.compile of the forward pass alone, whole graph, fp32, against eager, relative to the output's spread."""
     model = model_of(part, name, torch.float32)
     torch._dynamo.reset()
     whole = model(tokens(), Seq.rows(2, T))[0]

@@ -104,6 +104,10 @@ class Recipe:
                 "model.mtp and objective.mtp_weight go together: "
                 + ("give the weight, or nothing trains the depths" if self.model.mtp else "the model has no depths")
             )
+        if self.model is not None and self.model.score_head:
+            raise ValueError("model.score_head: no objective trains it yet; leave it out")
+        if self.model is not None and self.eval.prompts and not self.model.decodes:
+            raise ValueError("eval.prompts: a model with expert_choice cannot generate; remove the prompts, or take ffn moe")
         if self.seq_len < 2 or self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens = {self.batch_tokens} must be a multiple of seq_len = {self.seq_len}")
         if self.model is not None and self.seq_len > self.model.max_len:

@@ -1,4 +1,8 @@
-"""What can be swapped in a comparison: each name as the configuration of one part, sized for a width and head count."""
+"""What can be swapped in a comparison: each name as the configuration of one part, sized for a width and head count.
+
+rope_yarn and rope_llama3 stretch from 256 tokens whatever the recipe trains on, which is not known here: take a .yaml
+file for another length.
+"""
 
 from __future__ import annotations
 
@@ -83,6 +87,7 @@ POSITIONS: dict[str, Callable[[int, int], dict]] = {
     "learned": lambda d, h: {"kind": "learned"},  # added to the embedding
     "sinusoidal": lambda d, h: {"kind": "sinusoidal"},
 }
+ADDED = ("learned", "sinusoidal")  # kinds that stand behind the embedding, once for all layers
 WIRINGS = {name: (lambda d, h, name=name: name) for name in ("pre", "post", "sandwich", "branch", "parallel", "deepnorm")}
 PARTS = {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "position": POSITIONS, "wiring": WIRINGS}
 
@@ -108,10 +113,20 @@ def parse_swap(text: str) -> tuple[str, list[str]]:
 
 
 def swapped(model: dict, part: str, name: str) -> dict:
-    """The model's plain data with ``part`` of every block replaced; a hybrid ``a+b`` fills the layers in turn."""
+    """The model's plain data with ``part`` of every block replaced; a hybrid ``a+b`` fills the layers in turn.
+
+    The final norm takes the first name of a hybrid. Another mixer keeps a position that the model adds to its embedding.
+    Raises ValueError for a hybrid of positions of which one is added to the embedding: it would serve every layer.
+    """
     model = copy.deepcopy(model)
     order = model["layers"]["pattern"] * model["layers"]["repeat"]
     names = name.split("+")
+    added = [one for one in names if part == "position" and _is_added(model, one)]
+    if added and len(names) > 1:
+        raise ValueError(
+            f"--swap position={name}: {added[0]!r} is added to the embedding, for all layers at once, "
+            "and cannot be in a hybrid"
+        )
     blocks, pattern = {}, []
     for i, old in enumerate(order):
         new = names[i % len(names)]
@@ -122,7 +137,6 @@ def swapped(model: dict, part: str, name: str) -> dict:
     if part == "norm":
         model["final_norm"] = _piece(model, {}, part, names[0])
     if part == "position":
-        added = names[0] in ("learned", "sinusoidal")
         model["position"] = _piece(model, {}, part, names[0]) if added else None
     return model
 
@@ -134,13 +148,24 @@ def _piece(model: dict, block: dict, part: str, name: str) -> dict | str:
     return PARTS[part][name](model["d_model"], heads)
 
 
+def _is_added(model: dict, name: str) -> bool:
+    return _piece(model, {}, "position", name)["kind"] in ADDED
+
+
 def _with(model: dict, block: dict, part: str, name: str) -> dict:
     if part == "position":
         if block["mixer"]["kind"] != "gqa":
             raise ValueError(f"--swap position: mixer {block['mixer']['kind']!r} has a position of its own; use a gqa model")
-        inside = {"kind": "none"} if name in ("learned", "sinusoidal") else _piece(model, block, part, name)
+        inside = {"kind": "none"} if _is_added(model, name) else _piece(model, block, part, name)
         return block | {"mixer": block["mixer"] | {"position": inside}}
     return block | {part: _piece(model, block, part, name)}
+
+
+def _hidden(ffn: dict | None, d_model: int) -> int | None:
+    """The feed-forward width; where null stands for the published one, that."""
+    if ffn and ffn["kind"] == "rwkv_channel" and ffn.get("hidden") is None:
+        return FFNS["rwkv_channel"](d_model, 1)["hidden"]
+    return ffn.get("hidden") if ffn else None
 
 
 def matched(model: dict, target: int, tolerance: float = 0.03) -> ModelConfig:
@@ -148,7 +173,8 @@ def matched(model: dict, target: int, tolerance: float = 0.03) -> ModelConfig:
 
     Raises ValueError where no width comes within ``tolerance``: the mixer alone is too large, or there is none to scale.
     """
-    own = {name: block["ffn"]["hidden"] for name, block in model["blocks"].items() if block.get("ffn")}
+    widths = {name: _hidden(block.get("ffn"), model["d_model"]) for name, block in model["blocks"].items()}
+    own = {name: width for name, width in widths.items() if width}
 
     def scaled(factor: float) -> ModelConfig:
         blocks = {

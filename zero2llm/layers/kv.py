@@ -24,8 +24,8 @@ class KVState:
 
     The token at position p lives in slot p mod S; slot S is a bin that padding writes to. Nothing here counts: the
     clock is ``seq.pos``. Going back to an earlier position needs no undo while S holds the whole text; a ring
-    (S = window) overwrites, so it is saved by `snapshot`. A document that starts (pos 0) sees no older slot. Without a ring the
-    caller keeps pos < S: nothing here refuses a longer text, it would only lose its first tokens.
+    (S = window) overwrites, so it is saved by `snapshot`. A document that starts (pos 0) sees no older slot. Without a
+    ring the caller keeps pos < S: nothing here refuses a longer text, it would only lose its first tokens.
     """
 
     def __init__(self, k: Tensor, v: Tensor, ring: bool):

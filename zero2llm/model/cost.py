@@ -89,8 +89,8 @@ def train_flops_per_token(cfg: ModelConfig, context: int, *, recompute: bool = F
 
 
 def decode_flops(cfg: ModelConfig, position: int) -> int:
-    """FLOPs of one new token that has ``position`` tokens before it, by the training form's figures: they sum to those of
-    the row. The step form of a recurrence takes fewer, and so does gathering a few keys; MLA's absorbed form takes more."""
+    """FLOPs of one new token that has ``position`` tokens before it, by the training form's figures, which sum to the
+    row's. The step form of a recurrence takes fewer, and so does gathering few keys; MLA's absorbed form takes more."""
     total = 2 * cfg.vocab_size * cfg.d_model
     for mixer, ffn, _, _ in (layer_costs(spec, cfg.d_model) for spec in cfg.specs()):
         seen = position + 1 if mixer.window is None else min(position + 1, mixer.window)

@@ -27,6 +27,7 @@ from zero2llm.layers.contract import Place
 from zero2llm.layers.linear import Linear
 from zero2llm.model.block import Block
 from zero2llm.model.spec import LayerSpec, ModelConfig
+from zero2llm.ops.marks import full_precision
 
 
 class ScoreHead(nn.Module):
@@ -38,7 +39,7 @@ class ScoreHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T), in fp32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden):
             return hidden.to(wide) @ self.weight.to(wide) + self.bias.to(wide)
 
 

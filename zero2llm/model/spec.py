@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from zero2llm.core.config import config
 from zero2llm.layers.norms.rms import RMSNormConfig
 from zero2llm.layers.positions.catalog import AddedConfig
@@ -72,8 +74,34 @@ class ModelConfig:
                 raise ValueError(f"blocks.{name} is defined but layers.pattern never uses it")
         if self.mtp is not None and self.mtp.depth < 1:
             raise ValueError(f"mtp.depth = {self.mtp.depth} must be at least 1")
+        for name in ("embed_scale", "logit_softcap"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive, or null")
+        self._build_once()
         ahead = [self.mtp.block] if self.mtp and self.mtp.block else []
         check_init(self.init, self.specs() + ahead, self.d_model)
+
+    def _build_once(self) -> None:
+        """Every part without memory, so that what cannot be built is refused here, where file and line are known."""
+        with torch.device("meta"):
+            for name, spec in self.blocks.items():
+                try:
+                    spec.mixer.build(self.d_model)
+                    spec.norm.build(self.d_model)
+                    if spec.ffn is not None:
+                        spec.ffn.build(self.d_model)
+                except ValueError as error:
+                    raise ValueError(f"blocks.{name}: {error}") from None
+            for norm in (self.final_norm, self.embed_norm):
+                if norm is not None:
+                    norm.build(self.d_model)
+            if self.position is not None:
+                self.position.build(self.d_model, self.max_len)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it can generate: expert choice needs the whole text to decide anything."""
+        return all(spec.ffn is None or spec.ffn.kind != "expert_choice" for spec in self.specs())
 
     def specs(self) -> list[LayerSpec]:
         """The layers in order, pattern unrolled."""

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zero2llm.ops.marks import Marks, split, wide
+from zero2llm.ops.marks import Marks, full_precision, split, wide
 from zero2llm.ops.scan import CHUNK, boundaries, empty_state, halving
 
 
@@ -36,7 +36,7 @@ def delta(
 ):  # fmt: skip
     """(o (B, H, T, V), state after the last token). One token: the step; more: chunks. Half precision runs in fp32."""
     q, k, v, beta, g = wide(q, k, v, beta, beta.new_zeros(q.shape[-2]) if g is None else g)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q):
         if q.shape[-2] == 1:
             return delta_steps(q, k, v, beta, g, marks, state)
         return delta_chunks(q, k, v, beta, g, marks, state, min(chunk, q.shape[-2]))

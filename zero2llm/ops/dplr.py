@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zero2llm.ops.delta import goes_on, solve_unit
-from zero2llm.ops.marks import Marks, split, wide
+from zero2llm.ops.marks import Marks, full_precision, split, wide
 from zero2llm.ops.scan import CHUNK, boundaries, empty_state, halving
 
 
@@ -32,7 +32,7 @@ def dplr(
 ):  # fmt: skip
     """(o (B, H, T, V), state after the last token). One token: the step; more: chunks. Half precision runs in fp32."""
     q, k, v, a, b, g = wide(q, k, v, a, b, g)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q):
         if q.shape[-2] == 1:
             return dplr_steps(q, k, v, a, b, g, marks, state)
         return dplr_chunks(q, k, v, a, b, g, marks, state, min(chunk, q.shape[-2]))

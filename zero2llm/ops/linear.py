@@ -4,10 +4,11 @@ torch runs a one-row product (a token of one request) on a single thread, and on
 reads W badly. Both are bound by the time to read W, so for inference with few rows:
 
     1 row      W cut into halves, a batched product of two parts: both cores read at once (small W: one thread is faster)
-    2-32 rows  y^T = W x^T: the same sums, W walked in the order in which it is stored
+    2-4 rows   y^T = W x^T: the same sums, W walked in the order in which it is stored (a wide W: up to 8 rows)
+    5-48 rows  W cut into four, a batched product
 
-Measured on 2 cores, W 1,536 x 576: 71 -> 45 us for one row, 183 -> 114 us for four; W 49,152 x 576: 9.4 -> 2.7 ms
-(bench/linear_rows.py repeats it).
+Measured on 2 cores, milliseconds of F.linear and of this: W 1,536 x 576, 1 row 0.27 -> 0.19, 4 rows 0.45 -> 0.22;
+2,048 x 2,048, 8 rows 1.8 -> 1.1; 49,152 x 576, 1 row 9.4 -> 3.5, 16 rows 21 -> 13 (bench/linear_rows.py repeats it).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_ROWS = 32  # from here on the ordinary kernel is as good
+MAX_ROWS = 48  # from here on the ordinary kernel is as good
 SMALL = 250_000  # weights up to which waking a second thread costs more than it brings
 WIDE = 8192  # output rows from which a second, empty column beats the split
 
@@ -34,12 +35,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     n, k = weight.shape
     if len(rows) == 1 and n * k < SMALL:
         return F.linear(x, weight, bias)
-    if len(rows) > 1:
+    if 1 < len(rows) <= (8 if n >= WIDE else 4):
         y = (weight @ rows.t()).t()
-    elif n >= WIDE:
+    elif len(rows) == 1 and n >= WIDE:
         y = (weight @ torch.cat((rows, torch.zeros_like(rows))).t())[:, :1].t()
-    elif n % 2 == 0:
-        y = torch.bmm(rows.expand(2, 1, k), weight.view(2, n // 2, k).transpose(1, 2)).view(1, n)
     else:
-        return F.linear(x, weight, bias)
+        parts = 2 if len(rows) == 1 else 4
+        if n % parts:
+            return F.linear(x, weight, bias)
+        y = torch.bmm(rows.expand(parts, -1, k), weight.view(parts, n // parts, k).mT)  # (parts, rows, n / parts)
+        y = y.transpose(0, 1).reshape(-1, n)
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], n)

@@ -4,7 +4,8 @@
     level(t, s) = bit_length(t xor s)          0: the token itself; l: 2^(l-1) tokens, the farther back, the more
 
 Source: 2506.04761 section 3; all lam = 1 is gated linear attention.
-t and s count inside the document. With L weights, levels from L - 1 on share the last: the paper's while T <= 2^(L-1),
+t and s count inside the document; without a state, from the first token that is here, for a row may open inside a
+document. With L weights, levels from L - 1 on share the last: the paper's while T <= 2^(L-1),
 and defined beyond. Three forms of one sum: `log_linear_dense` is the formula, T x T; `log_linear_steps` is what
 decoding does:
 
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zero2llm.ops.marks import Marks, split, wide
+from zero2llm.ops.marks import Marks, full_precision, split, wide
 
 CHUNK = 64
 
@@ -33,7 +34,7 @@ CHUNK = 64
 def log_linear(q, k, v, g, lam, pos: Tensor, marks: Marks, state: Tensor | None, chunk: int = CHUNK):
     """(o (B, H, T, V), state after the last token). One token: the step; more: chunks. Half precision runs in fp32."""
     q, k, v, g, lam = wide(q, k, v, g, lam)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q):
         if q.shape[-2] == 1:
             return log_linear_steps(q, k, v, g, lam, pos, marks, state)
         return log_linear_chunks(q, k, v, g, lam, pos, marks, state, chunk)
@@ -67,9 +68,18 @@ def one_hot(x: Tensor, n: int) -> Tensor:
     return x[..., None] == torch.arange(n, device=x.device)
 
 
+def counted(pos: Tensor, marks: Marks) -> Tensor:
+    """Positions for rows without a state, (B, T): those of a document that began before the row count from 0, so < T."""
+    if marks.doc is None:
+        return pos - pos[:, :1]
+    opened = marks.doc == 0 if marks.real is None else (marks.doc == 0) & marks.real
+    first = pos.gather(1, opened.int().argmax(1, keepdim=True))  # (B, 1)
+    return torch.where(opened, pos - first, pos)
+
+
 def log_linear_dense(q, k, v, g, lam, pos: Tensor, marks: Marks):
     """o by the formula, with T x T weights; no state."""
-    T = q.shape[-2]
+    T, pos = q.shape[-2], counted(pos, marks)
     doc = torch.zeros_like(pos) if marks.doc is None else marks.doc
     k, g = silenced(marks, k, g)
     meets = (doc[:, :, None] == doc[:, None, :]).tril()[:, None]  # (B, 1, T, T)
@@ -82,7 +92,7 @@ def log_linear_dense(q, k, v, g, lam, pos: Tensor, marks: Marks):
 def log_linear_steps(q, k, v, g, lam, pos: Tensor, marks: Marks, state: Tensor | None):
     """One token at a time through the tree: for decoding, and the reference of `log_linear_chunks`."""
     n, out = lam.shape[-1], []
-    S = empty(k, v, n) if state is None else state
+    S, pos = (empty(k, v, n), counted(pos, marks)) if state is None else (state, pos)
     k, g = silenced(marks, k, g)
     to = seen_from(pos + 1, pos, n)  # (B, T, n)
     decay = g.exp()
@@ -102,7 +112,8 @@ def log_linear_steps(q, k, v, g, lam, pos: Tensor, marks: Marks, state: Tensor |
 def log_linear_chunks(q, k, v, g, lam, pos: Tensor, marks: Marks, state: Tensor | None, chunk: int = CHUNK):
     """The same in blocks of ``chunk`` positions, a power of two."""
     k, g = silenced(marks, k, g)
-    if state is None:  # then pos < T
+    if state is None:
+        pos = counted(pos, marks)  # < T
         lam = lam[..., : (q.shape[-2] - 1).bit_length() + 1]
     doc = torch.zeros_like(pos) if marks.doc is None else marks.doc
     real = torch.ones_like(pos, dtype=torch.bool) if marks.real is None else marks.real

@@ -7,6 +7,7 @@ state that is carried in and the tokens that continue it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,3 +63,14 @@ def split(x: Tensor, size: int, dim: int) -> Tensor:
 def wide(*tensors: Tensor) -> list[Tensor]:
     """Half precision to fp32; fp32 and fp64 as they are. Recurrences sum too long for less."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Where autocast casts nothing on ``x``'s device; the meta device has no autocast to switch off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts a product of ``x`` to; ``None`` where it is off."""
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else None

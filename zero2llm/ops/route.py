@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zero2llm.ops.linear import linear
+from zero2llm.ops.marks import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class _Collect(torch.autograd.Function):
 
 def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     """x (M, K) sorted by group, sizes (E) rows of each, weight (E, N, K) -> (M, N): row m times its group's W^T."""
-    if torch.is_autocast_enabled(x.device.type):  # which knows no operators but torch's own
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)  # autocast knows no operators but torch's own
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     aligned = weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # 16 bytes, the grouped kernel's demand
     if x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned:
         return torch._grouped_mm(x, weight.mT, offs=sizes.cumsum(0, dtype=torch.int32))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta:
         return rows_times(x, weight, sizes)
     parts = [linear(x[rows], weight[group]) for group, rows in _slices(sizes)]  # decoding: few rows, nothing to keep
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])

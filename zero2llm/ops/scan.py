@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zero2llm.ops.marks import Marks, split, wide
+from zero2llm.ops.marks import Marks, full_precision, split, wide
 
 CHUNK = 64
 
@@ -30,7 +30,7 @@ CHUNK = 64
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, marks: Marks, state: Tensor | None, chunk: int = CHUNK):
     """(o (B, ..., T, V), state after the last token). One token: the step; more: chunks. Half precision runs in fp32."""
     q, k, v, g = wide(q, k, v, g)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q):
         if q.shape[-2] == 1:
             return scan_steps(q, k, v, g, marks, state)
         return scan_chunks(q, k, v, g, marks, state, min(chunk, q.shape[-2]))

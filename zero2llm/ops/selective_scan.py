@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from zero2llm.ops.marks import Marks, split, wide
+from zero2llm.ops.marks import Marks, full_precision, split, wide
 
 GROUP = 2**24  # most values of (B, T, D, N) that are held at once
 
@@ -33,7 +33,7 @@ GROUP = 2**24  # most values of (B, T, D, N) that are held at once
 def selective_scan(x, dt, A, B, C, skip, marks: Marks, state: Tensor | None):
     """(y (B, T, D), state after the last token). One token: the step; more: chunks. Half precision runs in fp32."""
     x, dt, A, B, C, skip = wide(x, dt, A, B, C, skip)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         form = selective_steps if x.shape[1] == 1 else selective_chunks
         return form(x, dt, A, B, C, skip, marks, state)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zero2llm.core.batch import IGNORE
+from zero2llm.ops.marks import autocast_dtype
 
 CHUNK = 1024  # tokens; at V = 4,096 a chunk's fp32 logits are 16 MB
 
@@ -41,11 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
-        dtype = (
-            torch.get_autocast_dtype(hidden.device.type)
-            if torch.is_autocast_enabled(hidden.device.type)
-            else hidden.dtype
-        )
+        dtype = autocast_dtype(hidden) or hidden.dtype
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         cast, total = weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)

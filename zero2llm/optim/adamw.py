@@ -10,6 +10,7 @@ block leaves the cache; every element sees the same operations in the same order
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Literal
 
@@ -32,6 +33,8 @@ class AdamWConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"lr = {self.lr} must be positive and betas = {self.betas} in [0, 1)")
+        if self.eps <= 0 or self.weight_decay < 0:
+            raise ValueError(f"eps = {self.eps} must be positive and weight_decay = {self.weight_decay} not negative")
 
 
 class AdamW(torch.optim.Optimizer):
@@ -51,10 +54,12 @@ class AdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
             self.state[p]["step"] += 1
-        rows = [(p, p.grad, self.state[p]["m"], self.state[p]["v"]) for p in params]
-        t = float(self.state[params[0]]["step"])
-        for block in blocks(rows) if params[0].device.type == "cpu" else [rows]:
-            self._update_block(*map(list, zip(*block, strict=True)), lr, decay, t)
+        by_step = defaultdict(list)  # a parameter that got its first gradient late is younger than the rest
+        for p in params:
+            by_step[float(self.state[p]["step"])].append((p, p.grad, self.state[p]["m"], self.state[p]["v"]))
+        for t, rows in by_step.items():
+            for block in blocks(rows) if params[0].device.type == "cpu" else [rows]:
+                self._update_block(*map(list, zip(*block, strict=True)), lr, decay, t)
 
     def _update_block(self, p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], lr: float, decay: float,
                       t: float) -> None:  # fmt: skip

@@ -18,8 +18,7 @@ OptimConfig = Annotated[AdamWConfig | MuonConfig, by_kind]
 def split_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Every trainable parameter in exactly one group: `matrix` (weights of Linear layers; 3-D: all experts at once),
     `embedding` (tables and the head; a tied head is the embedding and comes once), `choice` (the bias by which a router
-    chooses), `vector` (norms, biases, and all that is no Linear: filters, decays, RWKV-7's low-rank pairs). Decay falls on
-    `matrix` alone."""
+    chooses), `vector` (norms, biases, and all that is no Linear: filters, decays, RWKV-7's low-rank pairs)."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     maps = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups: dict[str, list] = {"matrix": [], "embedding": [], "vector": [], "choice": []}
@@ -57,7 +56,7 @@ class OptimizerSet:
         self.names = {id(p): name for group in named.values() for name, p in group}
         plain = [{"params": params[kind], "weight_decay": 0.0} for kind in ("embedding", "vector") if params[kind]]
         if isinstance(cfg, MuonConfig):
-            rest = AdamWConfig(lr=cfg.adamw_lr or cfg.lr, betas=cfg.betas, weight_decay=0.0)
+            rest = AdamWConfig(lr=cfg.lr if cfg.adamw_lr is None else cfg.adamw_lr, betas=cfg.betas, weight_decay=0.0)
             self.parts: list[torch.optim.Optimizer] = [Muon([{"params": params["matrix"]}], cfg), AdamW(plain, rest)]
         else:
             scaled = {"lr": cfg.lr * matrix_lr, "weight_decay": cfg.weight_decay / matrix_lr}

@@ -34,6 +34,10 @@ class MuonConfig:
     adamw_lr: float | None = None  # None = lr
 
     def __post_init__(self) -> None:
+        if self.adamw_lr is not None and not self.adamw_lr > 0:
+            raise ValueError(f"adamw_lr = {self.adamw_lr} must be positive; null = as lr")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay = {self.weight_decay} must not be negative")
         if self.lr <= 0 or self.iterations < 1 or not 0 <= self.momentum < 1:
             raise ValueError(
                 f"lr = {self.lr} must be positive, iterations >= 1 and momentum = {self.momentum} in [0, 1)"

@@ -13,11 +13,26 @@ from typing import Annotated, Literal
 from zero2llm.core.config import by_kind, config
 
 
+def check_share(name: str, value: float) -> None:
+    """Raises ValueError for a warm-up that would take all steps or more."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} = {value} must be a share of all steps, from 0 to below 1")
+
+
+def check_floor(floor: float) -> None:
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor = {floor} must be a share of the peak, from 0 to 1")
+
+
 @config
 class CosineConfig:
     kind: Literal["cosine"] = "cosine"
     warmup: float = 0.02  # share of all steps
     floor: float = 0.1  # of the peak
+
+    def __post_init__(self) -> None:
+        check_share("warmup", self.warmup)
+        check_floor(self.floor)
 
     def factor(self, step: int, steps: int) -> float:
         w = math.ceil(self.warmup * steps)
@@ -35,6 +50,12 @@ class WSDConfig:
     shape: Literal["linear", "sqrt"] = "linear"
     floor: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_share("warmup", self.warmup)
+        check_floor(self.floor)
+        if not 0 <= self.decay <= 1 or self.warmup + self.decay > 1:
+            raise ValueError(f"warmup = {self.warmup} and decay = {self.decay} must be shares, together at most 1")
+
     def factor(self, step: int, steps: int) -> float:
         w, d = math.ceil(self.warmup * steps), math.ceil(self.decay * steps)
         if step < w:
@@ -50,6 +71,9 @@ class WSDConfig:
 class ConstantConfig:
     kind: Literal["constant"] = "constant"
     warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_share("warmup", self.warmup)
 
     def factor(self, step: int, steps: int) -> float:
         w = math.ceil(self.warmup * steps)

@@ -29,7 +29,8 @@ from zero2llm.train.loss import Loss, Objective
 
 @config
 class FitConfig:
-    """How to run the loop. `micro_rows` bounds memory only: it never changes the step."""
+    """How to run the loop. `micro_rows` bounds memory: it changes no step, but for what looks at several rows at once (a
+    router's balance loss, expert choice, batch norm)."""
 
     steps: int
     schedule: ScheduleConfig = CosineConfig()
@@ -95,6 +96,8 @@ def fit(
     step_loss: nn.Module = StepLoss(model, objective)
     model.recompute = cfg.recompute
     if cfg.compile:
+        # layers remember masks in Seq.memo, also inside a recomputed block: there is nothing to undo when that runs again
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         step_loss.compile(dynamic=False)
     step_loss = data_parallel(step_loss, world, device)
     model.train()

@@ -29,7 +29,7 @@ from zero2llm.layers.activations import GatedActivation, gated
 from zero2llm.layers.contract import Cost
 from zero2llm.layers.ffns.experts import ExpertLinear
 from zero2llm.layers.linear import Linear
-from zero2llm.ops.marks import wide
+from zero2llm.ops.marks import full_precision, wide
 
 REFUSAL = (
     "expert_choice cannot decode: which experts take a token depends on tokens that come after it. "
@@ -77,7 +77,7 @@ class ExpertChoice(nn.Module):
 
     def take(self, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """(N, D) -> weights (E, C) and which tokens each expert takes (E, C)."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens):
             scores = F.linear(*wide(tokens, self.router.weight)).softmax(-1).t()  # (E, N)
         if real is not None:
             scores = scores * real

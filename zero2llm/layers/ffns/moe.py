@@ -32,7 +32,7 @@ from zero2llm.layers.ffns.experts import ExpertLinear
 from zero2llm.layers.ffns.glu import GLU
 from zero2llm.layers.ffns.routers import CountLoad, balance_loss, choose, load_statistics, weigh, z_loss
 from zero2llm.layers.linear import Linear
-from zero2llm.ops.marks import wide
+from zero2llm.ops.marks import full_precision, wide
 from zero2llm.ops.route import Plan, collect, load_of, spread
 
 
@@ -122,7 +122,7 @@ class MoE(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, D) -> (N, E), never in half precision: a choice must not hang on rounding."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             bias = self.router.bias
             return F.linear(*wide(x, self.router.weight), None if bias is None else wide(bias)[0])
 

@@ -4,7 +4,7 @@
     w      = s[chosen]                     w / sum w with renormalise; then times the scaling
     groups   the experts stand in groups (machines): only those groups with the best sums of their two best s + b count
 
-    balance loss  E sum_e f_e P_e          f_e share of all choices, P_e mean of s_e / sum s: 1 when even, E / k at worst
+    balance loss  E sum_e f_e P_e          f_e share of choices, P_e mean of s_e / sum s: 1 when even, at worst E / k
     z-loss        mean (log sum_e exp z_e)^2          keeps the logits z small, where fp32 and bf16 agree
     choice bias   b_e <- b_e + rate * sign(mean load - load_e)     once per optimizer step: balance without a loss
 

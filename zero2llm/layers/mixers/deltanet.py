@@ -26,7 +26,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
-from zero2llm.layers.norms.rms import RMSNorm
+from zero2llm.layers.norms.rms import RMSNorm, check_eps
 from zero2llm.ops.conv import causal_conv
 from zero2llm.ops.delta import delta, unit
 from zero2llm.ops.marks import Marks
@@ -49,6 +49,7 @@ class DeltaNetConfig:
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(K, V) of a head. Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         if self.n_heads < 1 or (self.head_dim is None and d_model % self.n_heads):
             raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
         k = self.head_dim if self.head_dim is not None else d_model // self.n_heads

@@ -11,8 +11,8 @@ Source: DeepSeek-V3.2 2512.02556 section 2.1; top_k >= T is its dense warm-up. T
 from everything else alone: x, c^Q and p are detached. Rotated are the first rope_dim channels, in halves. Left out: the Hadamard
 rotation of q^I and k^I and their FP8, which change speed, not the formula.
 Why: attention costs top_k keys a token instead of T; the indexer 2 H_I (K_I + 1) FLOPs per token and key. Training here is the
-dense mask, computes the attention twice (once for p) and holds H_I T^2 scores; decoding gathers top_k entries. Stored: MLA's r + rope values
-per token and layer, and K_I of the index key.
+dense mask, computes the attention twice (once for p) and holds H_I T^2 scores; decoding gathers top_k entries.
+Stored: MLA's r + rope values per token and layer, and K_I of the index key.
 Shapes: x (B, T, D) -> (B, T, D).
 """
 
@@ -60,13 +60,16 @@ class DSAConfig:
         """MLA's angles on the first rope_dim channels, paired in halves."""
         if not isinstance(self.mla.position, RoPEConfig):
             return self.mla.position
-        return replace(
-            self.mla.position, layout="half_split", rotary_dim=self.mla.position.rotary_dim or self.mla.rope_dim
-        )
+        turned = self.mla.rope_dim if self.mla.position.rotary_dim is None else self.mla.position.rotary_dim
+        return replace(self.mla.position, layout="half_split", rotary_dim=turned)
+
+    def source_dim(self, d_model: int) -> int:
+        """Width of what the index queries come from."""
+        return d_model if self.mla.q_rank is None else self.mla.q_rank
 
     def cost(self, d_model: int) -> Cost:
         mla, h, k = self.mla.cost(d_model), self.index_heads, self.index_dim
-        weights = (self.mla.q_rank or d_model) * h * k + d_model * (k + h)
+        weights = self.source_dim(d_model) * h * k + d_model * (k + h)
         per_key = mla.flops_per_key + 2 * self.mla.n_heads * (self.mla.nope_dim + self.mla.rope_dim) + 2 * h * (k + 1)
         return Cost(mla.params + weights + 2 * k, mla.flops + 2 * weights, per_key, state=mla.state + k)
 
@@ -108,7 +111,7 @@ class DSA(nn.Module):
     def __init__(self, d_model: int, cfg: DSAConfig, place: Place):
         super().__init__()
         self.mla = cfg.mla.build(d_model, place)
-        self.indexer = Indexer(d_model, cfg.mla.q_rank or d_model, cfg)
+        self.indexer = Indexer(d_model, cfg.source_dim(d_model), cfg)
         self.top_k = cfg.top_k
 
     def init_state(self, batch: int, max_len: int, *, device=None, dtype=None) -> KVState:

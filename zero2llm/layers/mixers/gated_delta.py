@@ -29,7 +29,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
-from zero2llm.layers.norms.rms import RMSNorm
+from zero2llm.layers.norms.rms import RMSNorm, check_eps
 from zero2llm.ops.conv import causal_conv
 from zero2llm.ops.delta import delta, unit
 from zero2llm.ops.marks import Marks, wide
@@ -53,6 +53,7 @@ class GatedDeltaConfig:
 
     def widths(self, d_model: int) -> tuple[int, int, int, int]:
         """(H_k, H_v, K, V). Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         h_k, h_v = self.n_v_heads if self.n_k_heads is None else self.n_k_heads, self.n_v_heads
         if h_k < 1 or h_v < 1 or h_v % h_k:
             raise ValueError(f"n_v_heads = {h_v} must be a positive multiple of n_k_heads = {h_k}")

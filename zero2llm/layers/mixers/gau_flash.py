@@ -37,7 +37,8 @@ from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
 from zero2llm.layers.positions.catalog import RotaryConfig
 from zero2llm.layers.positions.none import NoPositionConfig
-from zero2llm.ops.marks import Marks, split, wide
+from zero2llm.layers.positions.rope import check_unscaled
+from zero2llm.ops.marks import Marks, full_precision, split, wide
 
 
 @config
@@ -52,6 +53,7 @@ class GAUFlashConfig:
         for name in ("expand", "key_dim", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_unscaled(self.position)
         return GAUFlash(d_model, self)
 
     def cost(self, d_model: int) -> Cost:
@@ -87,7 +89,7 @@ class GAUFlash(nn.Module):
         views, _ = self.position(views, views, seq)
         q, k = views[..., 0::2, :].flatten(2), views[..., 1::2, :].flatten(2)  # (B, T, 2 S): near, far
         q, k, v = wide(q, k, v)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             if state is None:
                 nothing = self.init_state(len(x), 0, device=x.device, dtype=v.dtype)
                 o, _ = mix_chunks(q, k, v, seq.pos, marks, self.chunk, nothing)

@@ -26,6 +26,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
+from zero2llm.layers.norms.rms import check_eps
 from zero2llm.ops.marks import Marks, wide
 from zero2llm.ops.scan import CHUNK, scan
 
@@ -42,18 +43,22 @@ class GLAConfig:
     chunk: int = CHUNK
 
     def build(self, d_model: int, place: Place = ALONE) -> GLA:
-        if not self.tau > 0 or self.gate_rank < 1:
-            raise ValueError(f"tau = {self.tau} and gate_rank = {self.gate_rank} must be positive")
+        self.widths(d_model)
         return GLA(d_model, self)
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(K, V) of a head. Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         if self.n_heads < 1 or (self.head_dim is None and d_model % (2 * self.n_heads)):
             raise ValueError(f"d_model = {d_model} must be a multiple of 2 * {self.n_heads} heads, or give head_dim")
         k = d_model // (2 * self.n_heads) if self.head_dim is None else self.head_dim
         v = 2 * k if self.value_dim is None else self.value_dim
         if min(self.chunk, k, v) < 1:
             raise ValueError(f"chunk = {self.chunk}, head_dim = {k}, value_dim = {v} must be at least 1")
+        if not self.tau > 0 or self.gate_rank < 1:
+            raise ValueError(f"tau = {self.tau} and gate_rank = {self.gate_rank} must be positive")
+        if self.gate_rank > d_model:
+            raise ValueError(f"gate_rank = {self.gate_rank} is more than d_model = {d_model}: it compresses; lower it")
         return k, v
 
     def cost(self, d_model: int) -> Cost:

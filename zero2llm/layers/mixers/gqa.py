@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from zero2llm.core.config import config
 from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
+from zero2llm.layers.heads import grouped_heads
 from zero2llm.layers.kv import KVState
 from zero2llm.layers.linear import Linear
-from zero2llm.layers.norms.rms import RMSNorm
+from zero2llm.layers.norms.rms import RMSNorm, check_eps
 from zero2llm.layers.positions.alibi import ALiBi
 from zero2llm.layers.positions.catalog import AttentionPositionConfig
 from zero2llm.layers.positions.none import NoPositionConfig
-from zero2llm.layers.positions.rope import RoPEConfig
+from zero2llm.layers.positions.rope import check_unscaled
 from zero2llm.ops.attend import attend, attention_weights, visible
 
 
@@ -58,11 +59,9 @@ class GQAConfig:
     gate: bool = False
 
     def build(self, d_model: int, place: Place = ALONE) -> GQA:
-        n_kv = self.n_kv_heads or self.n_heads
-        if self.n_heads < 1 or n_kv < 1 or self.n_heads % n_kv:
-            raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {n_kv}")
-        if self.head_dim is None and d_model % self.n_heads:
-            raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
+        n_kv, head_dim = self.widths(d_model)
+        check_eps(self.norm_eps)
+        check_unscaled(self.position)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window = {self.window} must be at least 1 (the token itself)")
         if self.softcap is not None and self.softcap <= 0:
@@ -71,14 +70,15 @@ class GQAConfig:
             raise ValueError(f"scale = {self.scale} must be positive")
         if not self.qk_norm and (self.qk_norm_plus_one or self.qk_norm_span != "head"):
             raise ValueError("qk_norm_plus_one and qk_norm_span need qk_norm: true")
-        if isinstance(self.position, RoPEConfig) and self.position.score_factor != 1:
-            raise ValueError(f"mscale_all_dim = {self.position.scaling.mscale_all_dim} is for mla; here give `scale`")
-        return GQA(d_model, self.n_heads, n_kv, self.head_dim or d_model // self.n_heads, self)
+        return GQA(d_model, self.n_heads, n_kv, head_dim, self)
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """(G, K). Raises ValueError for what cannot be built."""
+        return grouped_heads(d_model, self.n_heads, self.n_kv_heads, self.head_dim)
 
     def cost(self, d_model: int) -> Cost:
         """Saved: the input, q and k around the QK-norm with a scale each, cos and sin, q k v, output, logsumexp."""
-        d, h, g = d_model, self.n_heads, self.n_kv_heads or self.n_heads
-        k = self.head_dim or d // h
+        d, h, (g, k) = d_model, self.n_heads, self.widths(d_model)
         weights = d * k * ((2 + self.gate) * h + 2 * g)
         biases = self.qkv_bias * k * (h + 2 * g) + self.out_bias * d
         norms = self.qk_norm * (2 * k if self.qk_norm_span == "head" else (h + g) * k)
@@ -91,7 +91,7 @@ class GQAConfig:
 
 
 class GQA(nn.Module):
-    tp: ClassVar = {"q_proj": "col", "k_proj": "col", "v_proj": "col", "g_proj": "col", "o_proj": "row"}
+    tp: ClassVar = {"q_proj": "col", "k_proj": "col", "v_proj": "col", "g_proj": "col", "sinks": "col", "o_proj": "row"}
 
     def __init__(self, d_model: int, n_heads: int, n_kv: int, head_dim: int, cfg: GQAConfig):
         super().__init__()
@@ -105,6 +105,8 @@ class GQA(nn.Module):
         self.q_norm = norm(n_heads) if cfg.qk_norm else nn.Identity()
         self.k_norm = norm(n_kv) if cfg.qk_norm else nn.Identity()
         self.position = cfg.position.build(head_dim, n_heads)
+        if self.norm_all or isinstance(self.position, ALiBi):
+            self.tp = None  # one norm over all heads, or slopes numbered over all heads
         self.scale, self.softcap = cfg.scale, cfg.softcap
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if cfg.sink else None
         self.g_proj = Linear(d_model, n_heads * head_dim, bias=False) if cfg.gate else None

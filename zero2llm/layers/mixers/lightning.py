@@ -26,6 +26,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
+from zero2llm.layers.norms.rms import check_eps
 from zero2llm.ops.marks import Marks
 from zero2llm.ops.scan import CHUNK, scan
 
@@ -43,11 +44,12 @@ class LightningConfig:
 
     def width(self, d_model: int) -> int:
         """K of a head. Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         if self.n_heads < 1 or (self.head_dim is None and d_model % self.n_heads):
             raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
         if self.chunk < 1 or (self.head_dim is not None and self.head_dim < 1):
             raise ValueError(f"chunk = {self.chunk} and head_dim = {self.head_dim} must be at least 1")
-        return self.head_dim or d_model // self.n_heads
+        return d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     def cost(self, d_model: int) -> Cost:
         k, h = self.width(d_model), self.n_heads

@@ -28,6 +28,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
+from zero2llm.layers.norms.rms import check_eps
 from zero2llm.ops.log_linear import CHUNK, log_linear
 from zero2llm.ops.marks import Marks, wide
 
@@ -48,6 +49,7 @@ class LogLinearConfig:
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(K, V) of a head. Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         if self.n_heads < 1 or (self.head_dim is None and d_model % self.n_heads):
             raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
         for name in ("head_dim", "value_dim"):
@@ -57,8 +59,8 @@ class LogLinearConfig:
             raise ValueError(f"chunk = {self.chunk} must be a power of two: it is a subtree of the Fenwick tree")
         if not 2 <= self.levels <= 63:
             raise ValueError(f"levels = {self.levels} must be 2 to 63: the token itself, and what lies before it")
-        k = self.head_dim or d_model // self.n_heads
-        return k, self.value_dim or k
+        k = d_model // self.n_heads if self.head_dim is None else self.head_dim
+        return k, k if self.value_dim is None else self.value_dim
 
     def cost(self, d_model: int) -> Cost:
         (k, v), h = self.widths(d_model), self.n_heads

@@ -30,7 +30,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
-from zero2llm.layers.norms.rms import RMSNorm
+from zero2llm.layers.norms.rms import RMSNorm, check_eps
 from zero2llm.ops.conv import causal_conv
 from zero2llm.ops.marks import Marks, wide
 from zero2llm.ops.selective_scan import selective_scan
@@ -54,6 +54,7 @@ class Mamba1Config:
 
     def rank(self, d_model: int) -> int:
         """R. Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         for name in ("state_dim", "conv_width", "expand"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")

@@ -30,6 +30,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
+from zero2llm.layers.norms.rms import check_eps
 from zero2llm.ops.conv import causal_conv
 from zero2llm.ops.marks import Marks, wide
 from zero2llm.ops.scan import CHUNK, scan
@@ -55,6 +56,7 @@ class Mamba2Config:
 
     def heads(self, d_model: int) -> int:
         """H. Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         least = min(self.head_dim, self.state_dim, self.n_groups, self.conv_width, self.chunk)
         if least < 1:
             raise ValueError(

@@ -27,7 +27,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.kv import KVState
 from zero2llm.layers.linear import Linear
-from zero2llm.layers.norms.rms import RMSNorm
+from zero2llm.layers.norms.rms import RMSNorm, check_eps
 from zero2llm.layers.positions.catalog import RotaryConfig
 from zero2llm.layers.positions.rope import RoPEConfig
 from zero2llm.ops.attend import attend, visible
@@ -48,6 +48,7 @@ class MLAConfig:
     scale: float | None = None  # of the scores; None = 1 / sqrt(nope_dim + rope_dim), times YaRN's factor
 
     def build(self, d_model: int, place: Place = ALONE) -> MLA:
+        check_eps(self.norm_eps)
         for name in ("n_heads", "kv_rank", "nope_dim", "v_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
@@ -59,13 +60,16 @@ class MLAConfig:
             raise ValueError(
                 f"rope_dim = {self.rope_dim} leaves nothing to rotate: 2 or more, or position: {{kind: none}}"
             )
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"scale = {self.scale} must be positive")
         return MLA(d_model, self)
 
     def cost(self, d_model: int) -> Cost:
         d, h, r, qk = d_model, self.n_heads, self.kv_rank, self.nope_dim + self.rope_dim
         query = d * h * qk if self.q_rank is None else self.q_rank * (d + h * qk)
         weights = query + d * (r + self.rope_dim) + r * h * (self.nope_dim + self.v_dim) + h * self.v_dim * d
-        return Cost(weights + r + (self.q_rank or 0), 2 * weights, 2 * h * (qk + self.v_dim), state=r + self.rope_dim)
+        norms = r + (0 if self.q_rank is None else self.q_rank)
+        return Cost(weights + norms, 2 * weights, 2 * h * (qk + self.v_dim), state=r + self.rope_dim)
 
     @property
     def score_scale(self) -> float:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from zero2llm.core.config import config
 from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
+from zero2llm.layers.heads import grouped_heads
 from zero2llm.layers.kv import KVState
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Both, Memory
 from zero2llm.layers.positions.catalog import RotaryConfig
 from zero2llm.layers.positions.none import NoPositionConfig
+from zero2llm.layers.positions.rope import check_unscaled
 from zero2llm.ops.attend import visible
 from zero2llm.ops.sparse_attend import Blocks, attend_blocks, best, overlap, places, summaries
 
@@ -48,16 +50,10 @@ class MoBAConfig:
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(G, K). Raises ValueError for what cannot be built."""
-        n_kv = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-        if self.n_heads < 1 or n_kv < 1 or self.n_heads % n_kv:
-            raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {n_kv}")
-        if self.head_dim is None and d_model % self.n_heads:
-            raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"head_dim = {self.head_dim} must be positive")
         if self.block < 1 or self.top_k < 1:
             raise ValueError(f"block = {self.block} and top_k = {self.top_k} must be at least 1 (the own block counts)")
-        return n_kv, self.head_dim or d_model // self.n_heads
+        check_unscaled(self.position)
+        return grouped_heads(d_model, self.n_heads, self.n_kv_heads, self.head_dim)
 
     def cost(self, d_model: int) -> Cost:
         (g, k), h = self.widths(d_model), self.n_heads

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from zero2llm.core.config import config
 from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
+from zero2llm.layers.heads import grouped_heads
 from zero2llm.layers.kv import KVState
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Both, Memory
 from zero2llm.layers.positions.catalog import RotaryConfig
 from zero2llm.layers.positions.none import NoPositionConfig
+from zero2llm.layers.positions.rope import check_unscaled
 from zero2llm.ops.attend import attend, visible
 from zero2llm.ops.marks import wide
 from zero2llm.ops.sparse_attend import Blocks, attend_blocks, best, overlap, places, summaries
@@ -55,12 +57,7 @@ class NSAConfig:
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(G, K). Raises ValueError for what cannot be built."""
-        n_kv = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-        if self.n_heads < 1 or n_kv < 1 or self.n_heads % n_kv:
-            raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {n_kv}")
-        if self.head_dim is None and d_model % self.n_heads:
-            raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
-        for name in ("head_dim", "hidden", "stride", "window"):
+        for name in ("hidden", "stride", "window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         if self.span % self.stride or self.block % self.stride or not self.stride <= self.span <= self.block:
@@ -71,13 +68,14 @@ class NSAConfig:
             raise ValueError(
                 f"top_k = {self.top_k} must be at least 3: the first, the own and the block before it are kept"
             )
-        return n_kv, self.head_dim or d_model // self.n_heads
+        check_unscaled(self.position)
+        return grouped_heads(d_model, self.n_heads, self.n_kv_heads, self.head_dim)
 
     def cost(self, d_model: int) -> Cost:
         """The ring of the window counts as fp32, though it has the model's number format; scoring the blocks from the
         summaries' weights, 2 G (T / d) (T / l') FLOPs per token, is left out."""
         (g, k), h, d = self.widths(d_model), self.n_heads, d_model
-        m, kv = self.hidden or k, 2 * g * k
+        m, kv = k if self.hidden is None else self.hidden, 2 * g * k
         weights, f = 2 * d * h * k + 3 * d * kv + 3 * d * h, 2 * m * (self.span * k + k)
         params = weights + f + 2 * (self.span * k + m + k)
         per_key = 4 * h * k * 2 + 4 * h * k // self.stride
@@ -113,8 +111,9 @@ class NSA(nn.Module):
         self.v_proj = Linear(d_model, self.n_kv * 3 * self.head_dim, bias=False)
         self.g_proj = Linear(d_model, cfg.n_heads * 3, bias=False)
         self.o_proj = Linear(cfg.n_heads * self.head_dim, d_model, bias=False)
-        self.k_summary = Summary(cfg.span, self.head_dim, cfg.hidden or self.head_dim)
-        self.v_summary = Summary(cfg.span, self.head_dim, cfg.hidden or self.head_dim)
+        hidden = self.head_dim if cfg.hidden is None else cfg.hidden
+        self.k_summary = Summary(cfg.span, self.head_dim, hidden)
+        self.v_summary = Summary(cfg.span, self.head_dim, hidden)
         self.position = cfg.position.build(self.head_dim, cfg.n_heads)
 
     def init_state(self, batch: int, max_len: int, *, device=None, dtype=None) -> Both:

@@ -33,7 +33,8 @@ from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
 from zero2llm.layers.positions.catalog import RotaryConfig
 from zero2llm.layers.positions.none import NoPositionConfig
-from zero2llm.ops.marks import Marks, wide
+from zero2llm.layers.positions.rope import check_unscaled
+from zero2llm.ops.marks import Marks, full_precision, wide
 from zero2llm.ops.scan import CHUNK, scan
 
 
@@ -51,6 +52,7 @@ class PerformerConfig:
 
     def width(self, d_model: int) -> int:
         """K. Raises ValueError for what cannot be built."""
+        check_unscaled(self.position)
         if self.n_heads < 1 or (self.head_dim is None and d_model % self.n_heads):
             raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
         for name in ("n_features", "chunk"):
@@ -58,7 +60,7 @@ class PerformerConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.head_dim is not None and self.head_dim < 1:
             raise ValueError(f"head_dim = {self.head_dim} must be at least 1")
-        return self.head_dim or d_model // self.n_heads
+        return d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     def cost(self, d_model: int) -> Cost:
         h, m, k = self.n_heads, self.n_features, self.width(d_model)
@@ -87,7 +89,7 @@ class Performer(nn.Module):
     def exponents(self, x: Tensor) -> Tensor:
         """log(sqrt(M) phi(x)), (B, T, H, K) -> (B, H, T, M)."""
         x, W = wide(x.transpose(1, 2) * self.head_dim**-0.25, self.W)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             return x @ W.t() - x.square().sum(-1, keepdim=True) / 2
 
     def forward(self, x: Tensor, seq: Seq, state: Memory | None = None) -> tuple[Tensor, Aux]:

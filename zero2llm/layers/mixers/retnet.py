@@ -24,6 +24,7 @@ from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.contract import ALONE, Cost, Place
 from zero2llm.layers.linear import Linear
 from zero2llm.layers.memory import Memory
+from zero2llm.layers.norms.rms import check_eps
 from zero2llm.layers.positions.rope import RoPEConfig
 from zero2llm.ops.marks import Marks
 from zero2llm.ops.scan import CHUNK, scan
@@ -45,6 +46,7 @@ class RetNetConfig:
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(K, V) of a head. Raises ValueError for what cannot be built."""
+        check_eps(self.norm_eps)
         if self.n_heads < 1 or (self.head_dim is None and d_model % self.n_heads):
             raise ValueError(f"d_model = {d_model} must be a multiple of n_heads = {self.n_heads}, or give head_dim")
         k = d_model // self.n_heads if self.head_dim is None else self.head_dim

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from zero2llm.core.config import config
+from zero2llm.core.log import log_once
 from zero2llm.layers.contract import Cost
+from zero2llm.layers.norms.rms import check_eps
 
 
 @config
@@ -29,6 +31,7 @@ class BatchNormConfig:
     momentum: float = 0.1
 
     def build(self, d_model: int) -> BatchNorm:
+        check_eps(self.eps, "eps")
         if not 0 < self.momentum <= 1:
             raise ValueError(f"momentum = {self.momentum} must be above 0 and at most 1")
         return BatchNorm(d_model, self.eps, self.momentum)
@@ -46,6 +49,11 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_model))
         self.register_buffer("running_mean", torch.zeros(d_model))
         self.register_buffer("running_var", torch.ones(d_model))
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        if mode:
+            log_once("batch norm leaks while it trains: its loss sees the future, other documents and padding")
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zero2llm.core.config import config
 from zero2llm.layers.contract import Cost
+from zero2llm.layers.norms.rms import check_eps
 
 
 @config
@@ -24,6 +25,7 @@ class LayerNormConfig:
     bias: bool = True
 
     def build(self, d_model: int) -> LayerNorm:
+        check_eps(self.eps, "eps")
         return LayerNorm(d_model, self.eps, self.bias)
 
     def cost(self, d_model: int) -> Cost:

@@ -27,11 +27,18 @@ class RMSNormConfig:
     plus_one: bool = False
 
     def build(self, d_model: int) -> RMSNorm:
+        check_eps(self.eps, "eps")
         return RMSNorm(d_model, self.eps, self.plus_one)
 
     def cost(self, d_model: int) -> Cost:
         """Saved: the input, its root mean square and their quotient."""
         return Cost(d_model, saved=2 * d_model + 1)
+
+
+def check_eps(eps: float, name: str = "norm_eps") -> None:
+    """Raises ValueError for what would take the root of a negative number; 0 is allowed, as on paper."""
+    if not eps >= 0:
+        raise ValueError(f"{name} = {eps} must not be negative: it stands under a root")
 
 
 class RMSNorm(nn.Module):

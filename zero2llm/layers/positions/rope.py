@@ -53,6 +53,15 @@ class RoPEConfig:
         return self.scaling.score_factor() if isinstance(self.scaling, YaRNConfig) else 1.0
 
 
+def check_unscaled(position: object) -> None:
+    """For mixers that do not read `score_factor`: raises ValueError where it would be lost."""
+    if isinstance(position, RoPEConfig) and position.score_factor != 1:
+        raise ValueError(
+            f"mscale_all_dim = {position.scaling.mscale_all_dim} multiplies all scores, which only mla does; "
+            "leave it out (gqa: give `scale` instead)"
+        )
+
+
 class RoPE(nn.Module):
     def __init__(self, dim: int, base: float, layout: str, scaling: ScalingConfig | None = None):
         super().__init__()

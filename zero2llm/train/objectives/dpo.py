@@ -5,7 +5,8 @@
     with label smoothing eps:  L = -(1 - eps) log sigmoid(beta d) - eps log sigmoid(-beta d)
 
 Source: 2305.18290 eq. 7; smoothing: section 3 of 2403.00409 (conservative DPO). `sft_weight` adds the chosen
-answer's mean negative log-likelihood (RPO, 2404.19733 eq. 1), which keeps its probability from sinking along.
+answer's mean negative log-likelihood (RPO, 2404.19733 eq. 1), which keeps its probability from sinking along. What layers
+report as losses (a router's balance, an indexer's) counts once per pair.
 Cost: a forward pass of the frozen reference beside each training pass, and its weights in memory.
 Shapes: rows come as chosen 0, rejected 0, chosen 1, rejected 1 ... (batch.group = 2); labels only on completions.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from zero2llm.core.batch import IGNORE, Batch
 from zero2llm.core.config import config
+from zero2llm.core.seq import Aux
 from zero2llm.ops.xent import token_logps
 from zero2llm.train.loss import Loss
 
@@ -42,8 +44,12 @@ class DPOConfig:
 
 def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
     """(B,) fp32 sum of log p over each row's labelled tokens, in nats."""
-    hidden, _ = model(batch.tokens, batch.seq)
-    return token_logps(hidden, model.head_weight, batch.labels, model.logit_softcap).sum(-1)
+    return _logps_and_aux(model, batch)[0]
+
+
+def _logps_and_aux(model: nn.Module, batch: Batch) -> tuple[Tensor, Aux]:
+    hidden, aux = model(batch.tokens, batch.seq)
+    return token_logps(hidden, model.head_weight, batch.labels, model.logit_softcap).sum(-1), aux
 
 
 def preference_loss(
@@ -60,12 +66,13 @@ class DPO:
         self.reference, self.cfg = reference.eval().requires_grad_(False), cfg
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        logps = sequence_logps(model, batch)
+        logps, aux = _logps_and_aux(model, batch)
         with torch.no_grad():
             ref = sequence_logps(self.reference, batch)
         chosen, rejected, ref_chosen, ref_rejected = logps[0::2], logps[1::2], ref[0::2], ref[1::2]
         losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, self.cfg)
         total, pairs = losses.sum(), torch.tensor(len(chosen), device=logps.device)
+        total = total + sum(value for name, value in aux.items() if name.endswith("_loss")) * pairs
         if self.cfg.sft_weight:
             lengths = (batch.labels[0::2] != IGNORE).sum(-1).clamp(min=1)
             total = total - self.cfg.sft_weight * (chosen / lengths).sum()
