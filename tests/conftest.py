@@ -35,7 +35,7 @@ def _oracle_errors(request, monkeypatch):
     if mark is None or not request.config.getoption("--oracles"):
         yield
         return
-    seen, right = [0.0], torch.testing.assert_close
+    seen, right = [], torch.testing.assert_close
 
     def measure(a, b):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -55,7 +55,7 @@ def _oracle_errors(request, monkeypatch):
 
     monkeypatch.setattr(torch.testing, "assert_close", assert_close)
     yield
-    for name in mark.args:
+    for name in mark.args if seen else ():
         for way in ("forward", "backward") if mark.kwargs["way"] == "both" else (mark.kwargs["way"],):
             old = FOUND.setdefault(name, {}).setdefault(way, {"error": 0.0, "of": []})
             old["error"] = max(old["error"], *seen)

@@ -23,6 +23,7 @@ SEG = lambda T: torch.stack((torch.arange(T) // 5 + 1, torch.where(torch.arange(
 @pytest.mark.parametrize("T", [7, 63])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["causal", "window", "packed", "packed window"])
+@pytest.mark.oracle("mixer:mqa", "mixer:nope", of="torch SDPA", way="forward")
 def test_fused_equals_plain_equals_torch(T, kv, kind):
     q, k, v = (torch.randn(2, h, T, 6, requires_grad=True) for h in (4, kv, kv))
     mask = visible(Seq.of_segments(SEG(T)) if "packed" in kind else Seq.rows(2, T), 3 if "window" in kind else None)

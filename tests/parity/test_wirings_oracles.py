@@ -53,6 +53,7 @@ def rotated(cfg, layer):
     return lambda x: layer(x, position_embeddings=LlamaRotaryEmbedding(cfg)(x, Seq.rows(2, T).pos), attention_mask=MASK)
 
 
+@pytest.mark.oracle("wiring:sandwich", "ffn:geglu", of="transformers Gemma 2", way="forward")
 def test_sandwich_equals_gemma_2():
     cfg = Gemma2Config(**SHAPE, attn_logit_softcapping=3.0, query_pre_attn_scalar=7, hidden_activation="gelu_pytorch_tanh")
     mixer = GQAConfig(n_heads=H, n_kv_heads=G, head_dim=K, position=ROPE, softcap=3.0, scale=7**-0.5)
@@ -63,6 +64,7 @@ def test_sandwich_equals_gemma_2():
     agree(copied(spec, theirs, PROJECTIONS | norms), rotated(cfg, theirs), torch.randn(2, T, D, requires_grad=True))
 
 
+@pytest.mark.oracle("wiring:branch", of="transformers OLMo 2", way="forward")
 def test_branch_equals_olmo_2():
     cfg = Olmo2Config(**SHAPE)
     mixer = GQAConfig(n_heads=H, n_kv_heads=G, head_dim=K, position=ROPE, qk_norm=True, qk_norm_span="all", norm_eps=1e-3)
@@ -74,6 +76,7 @@ def test_branch_equals_olmo_2():
 
 
 @pytest.mark.parametrize("rotary_dim", [2, 4])
+@pytest.mark.oracle("wiring:parallel", of="transformers GPT-J", way="forward")
 def test_parallel_equals_gpt_j(rotary_dim):
     """One norm, both branches from the same input; interleaved rotation of the first channels of each head."""
     cfg = GPTJConfig(n_embd=D, n_head=H, n_inner=20, rotary_dim=rotary_dim, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=1e-3, attn_implementation="eager")
