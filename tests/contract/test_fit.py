@@ -194,7 +194,7 @@ def test_schedules_by_hand():
     (lambda: WSDConfig(decay=-0.1), "decay = -0.1"), (lambda: WSDConfig(floor=-0.1), "floor = -0.1"),
     (lambda: MuonConfig(adamw_lr=0.0), "adamw_lr = 0.0 must be positive"), (lambda: MuonConfig(adamw_lr=-1.0), "adamw_lr = -1.0"),
     (lambda: MuonConfig(weight_decay=-0.1), "weight_decay = -0.1"),
-], ids=str)  # fmt: skip
+], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_impossible_schedules_and_rates_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
