@@ -35,7 +35,8 @@ def layer(name: str, d: int, heads: int):
     cfg = parse(LayerSpec, {"mixer": MIXERS[name](d, heads)}).mixer
     cost = cfg.cost(d)
     kept = STEPS if cost.window is None else min(STEPS, cost.window)
-    return cfg.build(d), 4 * (cost.fixed_state + cost.state * kept)
+    blocks = cost.block_state * (STEPS // cost.block) if cost.block else 0
+    return cfg.build(d), 4 * (cost.fixed_state + cost.state * kept + blocks)
 
 
 def train_ms(module, d: int, length: int) -> float:
