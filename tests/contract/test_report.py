@@ -235,7 +235,8 @@ def test_empty_results_and_a_run_without_metrics(tmp_path):
         {},
         {"stages": [{"name": "sft", "seconds": 0.0, "what": "", "run": "absent"}], "checks": [], "cost": {}},
     ):
-        Page(build_report(tmp_path, results).read_text(encoding="utf-8"))
+        page = Page(build_report(tmp_path, results).read_text(encoding="utf-8"))
+        assert not [v for t, n, v in page.attributes if (t, n) == ("section", "id") and v in ("loss", "runs", "checks")]
 
 
 def test_a_run_of_one_step_that_broke(tmp_path):

@@ -225,12 +225,15 @@ def conformance(out: Path | None, parts: list[str], compiling: bool, oracles: bo
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"no part is called {part!r}; there are: {', '.join(PARTS)}")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a Markdown file")
     found = run_oracles() if oracles else {}
     rows = []
     for part in parts or PARTS:
         for name in PARTS[part]:
             rows.append(row(part, name, found, compiling))
-            console().print(f"{part} {name}: " + ", ".join(f"{c} {v}" for c, v in zip(COLUMNS, rows[-1].cells, strict=True)), markup=False, highlight=False)
+            console().print(f"{part} {name}: " + ", ".join(f"{c} {v}" for c, v in zip(COLUMNS, rows[-1].cells, strict=True)), markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         write_atomic(out, table(rows))
+        console().print(f"wrote {out}", markup=False)
     return rows

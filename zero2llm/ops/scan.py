@@ -81,11 +81,6 @@ def empty_state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return v.new_zeros(*lead, k.shape[-1], v.shape[-1])
 
 
-def continues(doc: Tensor, t: int, ndim: int) -> Tensor:
-    """(B, 1, ...) bool: token t belongs to the document of the token before it (for t = 0, to the carried one)."""
-    return (doc[:, t] == (doc[:, t - 1] if t else 0)).view(-1, *[1] * (ndim - 1))
-
-
 def boundaries(marks: Marks, chunk: int, n: int, ndim: int, device) -> tuple[Tensor, ...]:
     """For tensors (B, ..., N, C, K) of ``ndim`` dimensions: which pairs of a chunk meet (t, s), which tokens see the state
     that enters, which write to the one that leaves (both (..., C, 1)), and whether the old state survives (..., 1, 1)."""

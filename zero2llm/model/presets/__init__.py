@@ -19,6 +19,6 @@ def preset(name: str) -> ModelConfig:
     """The configuration of a published (or nano) model. Raises ValueError naming the nearest preset."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(PRESETS)}"
+        hint = f"did you mean {near[0]!r}?" if near else "`zero2llm presets` lists them"
         raise ValueError(f"unknown preset {name!r}; {hint}")
     return PRESETS[name]()
