@@ -27,10 +27,24 @@ D, T = 6, 8
 SEG = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [3, 3, 4, 4, 4, 4, 0, 0]], dtype=torch.int32)
 CONFIGS = {
     "mixtral": MoEConfig(n_experts=4, top_k=2, hidden=5, balance_weight=0.3, z_weight=0.2),
-    "qwen2": MoEConfig(n_experts=5, top_k=3, hidden=4, renormalise=False, n_shared=1, shared_hidden=7, shared_gate=True, act="gelu"),
-    "deepseek-v3": MoEConfig(n_experts=8, top_k=3, hidden=3, router="sigmoid", n_groups=4, top_groups=2, routed_scaling=2.5, n_shared=2, bias_rate=0.01),
+    "qwen2": MoEConfig(
+        n_experts=5, top_k=3, hidden=4, renormalise=False, n_shared=1, shared_hidden=7, shared_gate=True, act="gelu"
+    ),
+    "deepseek-v3": MoEConfig(
+        n_experts=8,
+        top_k=3,
+        hidden=3,
+        router="sigmoid",
+        n_groups=4,
+        top_groups=2,
+        routed_scaling=2.5,
+        n_shared=2,
+        bias_rate=0.01,
+    ),
     "gpt-oss": MoEConfig(n_experts=4, top_k=2, hidden=5, act="gptoss", bias=True),
-    "top-1": MoEConfig(n_experts=3, top_k=1, hidden=4, renormalise=False, routed_scaling=1.5, balance_weight=1.0, z_weight=1.0),
+    "top-1": MoEConfig(
+        n_experts=3, top_k=1, hidden=4, renormalise=False, routed_scaling=1.5, balance_weight=1.0, z_weight=1.0
+    ),
     "biased softmax": MoEConfig(n_experts=5, top_k=2, hidden=4, bias_rate=0.0, z_weight=0.5),
 }
 
@@ -144,7 +158,12 @@ def test_clamps_of_gptoss_are_reached():
     module(4 * x, Seq.rows(2, T))
     gate, up = inside[0]
     assert (gate > 7).any() and (gate < -7).any() and (up.abs() > 7).any()
-    torch.testing.assert_close(module(4 * x, Seq.rows(2, T))[0], moe_by_hand(module, CONFIGS["gpt-oss"], 4 * x, Seq.rows(2, T))[0], atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        module(4 * x, Seq.rows(2, T))[0],
+        moe_by_hand(module, CONFIGS["gpt-oss"], 4 * x, Seq.rows(2, T))[0],
+        atol=1e-10,
+        rtol=0,
+    )
 
 
 # The dispatch
@@ -171,7 +190,9 @@ def test_dropless_equals_every_expert_on_every_token(n, e, k):
     ours = dropless(x, w, experts, matrices)
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
     cotangent = torch.randn_like(plain)
-    for a, b in zip(torch.autograd.grad(ours, leaves, cotangent), torch.autograd.grad(plain, leaves, cotangent), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, leaves, cotangent), torch.autograd.grad(plain, leaves, cotangent), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -181,10 +202,15 @@ def test_grouped_linear_equals_its_twin():
     rows = spread(x, plan).requires_grad_()
     assert plan.sizes[2] == 0 and plan.sizes.sum() == 33
     with torch.no_grad():
-        torch.testing.assert_close(grouped_linear(rows, matrices, plan.sizes), grouped_linear_plain(rows, matrices, plan.sizes))
+        torch.testing.assert_close(
+            grouped_linear(rows, matrices, plan.sizes), grouped_linear_plain(rows, matrices, plan.sizes)
+        )
     matrices.requires_grad_()
     cotangent = torch.randn(33, 6, dtype=torch.float64)
-    got = [torch.autograd.grad(f(rows, matrices, plan.sizes), (rows, matrices), cotangent) for f in (grouped_linear, grouped_linear_plain)]
+    got = [
+        torch.autograd.grad(f(rows, matrices, plan.sizes), (rows, matrices), cotangent)
+        for f in (grouped_linear, grouped_linear_plain)
+    ]
     for a, b in zip(*got, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
     assert (got[0][1][2] == 0).all(), "an expert without tokens has a zero gradient, not memory's leavings"
@@ -192,7 +218,9 @@ def test_grouped_linear_equals_its_twin():
 
 def test_dispatch_by_finite_differences():
     x, w, experts, matrices = routed(5, 3, 2)
-    assert torch.autograd.gradcheck(lambda a, b, m: dropless(a, b, experts, m), [t.requires_grad_() for t in (x, w, matrices)])
+    assert torch.autograd.gradcheck(
+        lambda a, b, m: dropless(a, b, experts, m), [t.requires_grad_() for t in (x, w, matrices)]
+    )
     frozen = matrices.detach()
     assert torch.autograd.gradcheck(lambda a: dropless(a, w.detach(), experts, frozen), [x])
 
@@ -201,17 +229,27 @@ def test_operator_keeps_torch_s_contract():
     x, _, experts, matrices = routed(5, 3, 2)
     plan = Plan.of(experts, 3)
     parts = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiling it is a law's business
-    torch.library.opcheck(rows_times, (spread(x, plan).requires_grad_(), matrices.requires_grad_(), plan.sizes), test_utils=parts)
+    torch.library.opcheck(
+        rows_times, (spread(x, plan).requires_grad_(), matrices.requires_grad_(), plan.sizes), test_utils=parts
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: the grouped kernel in bf16")
 def test_grouped_kernel_equals_the_loop():
-    experts, matrices = torch.rand(64, 8).topk(2).indices.cuda(), torch.randn(8, 32, 16).cuda().bfloat16().requires_grad_()
+    experts, matrices = (
+        torch.rand(64, 8).topk(2).indices.cuda(),
+        torch.randn(8, 32, 16).cuda().bfloat16().requires_grad_(),
+    )
     plan = Plan.of(experts, 8)
     rows = torch.randn(128, 16).cuda().bfloat16().requires_grad_()
     for f in (grouped_linear, rows_times):
-        torch.testing.assert_close(f(rows, matrices, plan.sizes), grouped_linear_plain(rows, matrices, plan.sizes), atol=2e-2, rtol=2e-2)
-    a, b = (torch.autograd.grad(f(rows, matrices, plan.sizes).float().sum(), (rows, matrices)) for f in (grouped_linear, rows_times))
+        torch.testing.assert_close(
+            f(rows, matrices, plan.sizes), grouped_linear_plain(rows, matrices, plan.sizes), atol=2e-2, rtol=2e-2
+        )
+    a, b = (
+        torch.autograd.grad(f(rows, matrices, plan.sizes).float().sum(), (rows, matrices))
+        for f in (grouped_linear, rows_times)
+    )
     for mine, theirs in zip(a, b, strict=True):
         torch.testing.assert_close(mine, theirs, atol=5e-2, rtol=5e-2)
 
@@ -231,6 +269,8 @@ def test_autocast_multiplies_in_half_precision():
     module.act = lambda g, u, f=module.act: seen.append(g.dtype) or f(g, u)
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = module(x, Seq.rows(1, 5))
+        with torch.no_grad():
+            module(x, Seq.rows(1, 5))
         assert module.logits(x[0]).dtype == torch.float32, "a choice must not hang on rounding"
     y.sum().backward()
     assert seen == [torch.bfloat16] and module.gate_proj.weight.grad.dtype == torch.float32
@@ -292,7 +332,9 @@ def test_cost_equals_the_module(name):
     cfg = CONFIGS[name]
     module, price = cfg.build(D), cfg.cost(D)
     assert price.params == sum(p.numel() for p in module.parameters())
-    idle = sum(p.numel() // cfg.n_experts for m in (module.gate_proj, module.up_proj, module.down_proj) for p in m.parameters())
+    idle = sum(
+        p.numel() // cfg.n_experts for m in (module.gate_proj, module.up_proj, module.down_proj) for p in m.parameters()
+    )
     assert price.active == price.params - idle * (cfg.n_experts - cfg.top_k)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(torch.randn(2, T, D), Seq.rows(2, T))
@@ -381,8 +423,16 @@ def test_expert_choice_capacity_of_all_is_the_weighted_sum():
     module, x = build(ExpertChoiceConfig(n_experts=4, hidden=5, capacity=4.0))
     tokens = x.flatten(0, 1)
     s = (tokens @ module.router.weight.T).softmax(-1)
-    parts = [F.silu(tokens @ g.T) * (tokens @ u.T) @ d.T for g, u, d in zip(module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight, strict=True)]
-    torch.testing.assert_close(module(x, Seq.rows(2, T))[0].flatten(0, 1), sum(s[:, e, None] * p for e, p in enumerate(parts)), atol=1e-12, rtol=0)
+    parts = [
+        F.silu(tokens @ g.T) * (tokens @ u.T) @ d.T
+        for g, u, d in zip(module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight, strict=True)
+    ]
+    torch.testing.assert_close(
+        module(x, Seq.rows(2, T))[0].flatten(0, 1),
+        sum(s[:, e, None] * p for e, p in enumerate(parts)),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_expert_choice_cost_equals_the_module():
@@ -427,7 +477,16 @@ def test_moe_refuses(changes, names):
         MoEConfig(**{"n_experts": 4, "top_k": 2, "hidden": 8} | changes).build(D)
 
 
-@pytest.mark.parametrize(("changes", "names"), [({"capacity": 0.0}, "capacity = 0.0"), ({"capacity": 4.1}, "capacity = 4.1"), ({"n_experts": 0}, "n_experts = 0"), ({"hidden": 0}, "hidden = 0")], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"capacity": 0.0}, "capacity = 0.0"),
+        ({"capacity": 4.1}, "capacity = 4.1"),
+        ({"n_experts": 0}, "n_experts = 0"),
+        ({"hidden": 0}, "hidden = 0"),
+    ],
+    ids=str,
+)
 def test_expert_choice_refuses(changes, names):
     with pytest.raises(ValueError, match=names):
         ExpertChoiceConfig(**{"n_experts": 4, "hidden": 8} | changes).build(D)

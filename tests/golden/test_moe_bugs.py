@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.golden import test_expert_glu as glu
 from tests.golden import test_moe as golden
 from tests.golden import test_moe_balance as balance
 from zero2llm.core.seq import Seq
 from zero2llm.layers.ffns import expert_choice, moe, routers
 from zero2llm.layers.ffns.expert_choice import ExpertChoice, ExpertChoiceConfig
 from zero2llm.layers.ffns.moe import MoE
-from zero2llm.ops import route
+from zero2llm.ops import expert_glu, route
 from zero2llm.ops.route import Plan
 from zero2llm.train.guard import NonFiniteError
 
@@ -31,6 +32,10 @@ def hand_formula():
 def dispatch_twin():
     golden.test_dropless_equals_every_expert_on_every_token(11, 5, 3)
     golden.test_grouped_linear_equals_its_twin()
+
+
+def expert_glu_twin():
+    glu.test_expert_glu_equals_its_twin("silu")
 
 
 def independent_tokens():
@@ -64,7 +69,7 @@ def expert_choice_formula():
 
 
 CHECKS = [
-    hand_formula, dispatch_twin, independent_tokens, losses_mean_the_same, bias_step, bias_over_micro_batches,
+    hand_formula, dispatch_twin, expert_glu_twin, independent_tokens, losses_mean_the_same, bias_step, bias_over_micro_batches,
     half_precision, expert_choice_formula,
 ]  # fmt: skip
 
@@ -105,7 +110,9 @@ def never_renormalised(patch):
 
 def scaling_before_renormalising(patch):
     right = moe.weigh
-    patch.setattr(moe, "weigh", lambda scores, experts, renormalise, scaling: right(scores * scaling, experts, renormalise, 1.0))
+    patch.setattr(
+        moe, "weigh", lambda scores, experts, renormalise, scaling: right(scores * scaling, experts, renormalise, 1.0)
+    )
 
 
 def groups_ranked_by_their_best_alone(patch):
@@ -171,7 +178,9 @@ def unsorted_by_the_wrong_permutation(patch):
 
 def weights_in_the_order_of_tokens(patch):
     right = moe.collect
-    patch.setattr(moe, "collect", lambda rows, weights, plan: right(rows, weights.flatten()[plan.order].view_as(weights), plan))
+    patch.setattr(
+        moe, "collect", lambda rows, weights, plan: right(rows, weights.flatten()[plan.order].view_as(weights), plan)
+    )
 
 
 def a_capacity_drops_tokens(patch):
@@ -192,7 +201,16 @@ def empty_experts_shift_the_slices(patch):
             yield group, slice(start, start + n)
             start += n
 
-    patch.setattr(route, "_slices", wrong)
+    patch.setattr(route, "slices", wrong)
+
+
+def activation_s_slope_is_forgotten(patch):
+    patch.setitem(expert_glu.ACTS, "silu", (expert_glu.ACTS["silu"][0], lambda grad, g: grad))
+
+
+def slope_is_taken_behind_the_activation(patch):
+    forward, slope = expert_glu.ACTS["silu"]
+    patch.setitem(expert_glu.ACTS, "silu", (forward, lambda grad, g: slope(grad, forward(g))))
 
 
 def gradient_of_spread_counts_one_choice(patch):
@@ -257,7 +275,13 @@ def router_in_half_precision(patch):
 
 
 def experts_share_their_tokens_out(patch):
-    patch.setattr(ExpertChoice, "take", lambda self, tokens, real: ((s := (tokens @ self.router.weight.T).softmax(0).t()).topk(min(len(tokens), math.ceil(self.capacity * len(tokens) / len(s))), -1)))
+    patch.setattr(
+        ExpertChoice,
+        "take",
+        lambda self, tokens, real: (s := (tokens @ self.router.weight.T).softmax(0).t()).topk(
+            min(len(tokens), math.ceil(self.capacity * len(tokens) / len(s))), -1
+        ),
+    )
 
 
 def capacity_rounded_down(patch):
@@ -271,7 +295,9 @@ def padding_is_taken(patch):
 
 def unweighted(patch):
     right = ExpertChoice.take
-    patch.setattr(ExpertChoice, "take", lambda self, tokens, real: ((found := right(self, tokens, real))[0].sign(), found[1]))
+    patch.setattr(
+        ExpertChoice, "take", lambda self, tokens, real: ((found := right(self, tokens, real))[0].sign(), found[1])
+    )
 
 
 def one_expert_per_token(patch):
@@ -279,7 +305,9 @@ def one_expert_per_token(patch):
 
     def wrong(self, tokens, real):
         weights, taken = right(self, tokens, real)
-        first = torch.full((len(tokens),), -1).scatter(0, taken.flip(0).flatten(), torch.arange(len(weights)).flip(0).repeat_interleave(taken.shape[1]))
+        first = torch.full((len(tokens),), -1).scatter(
+            0, taken.flip(0).flatten(), torch.arange(len(weights)).flip(0).repeat_interleave(taken.shape[1])
+        )
         return weights * (first[taken] == torch.arange(len(weights))[:, None]), taken
 
     patch.setattr(ExpertChoice, "take", wrong)
@@ -309,6 +337,8 @@ BUGS = {  # bug -> checks that must catch it
     weights_in_the_order_of_tokens: {"hand_formula", "independent_tokens"},
     a_capacity_drops_tokens: {"hand_formula", "independent_tokens"},
     empty_experts_shift_the_slices: {"dispatch_twin"},
+    activation_s_slope_is_forgotten: {"expert_glu_twin"},
+    slope_is_taken_behind_the_activation: {"expert_glu_twin"},
     gradient_of_spread_counts_one_choice: {"dispatch_twin"},
     padding_is_counted: {"hand_formula", "losses_mean_the_same", "bias_over_micro_batches"},
     padding_is_averaged: {"hand_formula", "losses_mean_the_same"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,3 +44,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu":
         raise ValueError("dtype fp16 cannot train on a CPU; use fp32 (dtype: auto)")
     return DTYPES[name]
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep what a training step frees, for the next step asks for the same again.
+
+    Left alone it hands large blocks back to the system, and every page is cleared anew when it is touched: up to a fifth of
+    a step's time on a CPU. Does nothing where another allocator is at work (macOS, Windows, musl, or preloaded).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):  # trim threshold, top pad, mmap threshold
+            mallopt(option, size)

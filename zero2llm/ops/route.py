@@ -98,13 +98,18 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     dtype = autocast_dtype(x)  # autocast knows no operators but torch's own
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
-    aligned = weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # 16 bytes, the grouped kernel's demand
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned:
+    if grouped_kernel(x, weight):
         return torch._grouped_mm(x, weight.mT, offs=sizes.cumsum(0, dtype=torch.int32))
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta:
         return rows_times(x, weight, sizes)
-    parts = [linear(x[rows], weight[group]) for group, rows in _slices(sizes)]  # decoding: few rows, nothing to keep
+    parts = [linear(x[rows], weight[group]) for group, rows in slices(sizes)]  # decoding: few rows, nothing to keep
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])
+
+
+def grouped_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own grouped product serves: bf16 on CUDA, rows of a multiple of 16 bytes."""
+    half = (autocast_dtype(x) or x.dtype) == torch.bfloat16
+    return x.device.type == "cuda" and half and weight.shape[1] % 8 == weight.shape[2] % 8 == 0
 
 
 def grouped_linear_plain(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ def grouped_linear_plain(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes.tolist()), weight.unbind(0), strict=True)])
 
 
-def _slices(sizes: Tensor) -> Iterator[tuple[int, slice]]:
+def slices(sizes: Tensor) -> Iterator[tuple[int, slice]]:
     """(group, its rows) of every group that has any."""
     start = 0
     for group, n in enumerate(sizes.tolist()):
@@ -124,7 +129,7 @@ def _slices(sizes: Tensor) -> Iterator[tuple[int, slice]]:
 @torch.library.custom_op("zero2llm::rows_times", mutates_args=())
 def rows_times(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[1])
-    for group, rows in _slices(sizes):
+    for group, rows in slices(sizes):
         torch.mm(x[rows], weight[group].t(), out=y[rows])
     return y
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zero2llm.core.batch import Batch
 from zero2llm.core.config import config
-from zero2llm.core.device import pick_dtype
+from zero2llm.core.device import keep_memory, pick_dtype
 from zero2llm.optim.build import OptimizerSet
 from zero2llm.optim.scale import LossScale
 from zero2llm.optim.schedule import CosineConfig, ScheduleConfig
@@ -95,6 +95,8 @@ def fit(
     scaler = LossScale(dtype == torch.float16, state.scale, state.clean)
     step_loss: nn.Module = StepLoss(model, objective)
     model.recompute = cfg.recompute
+    if device.type == "cpu":
+        keep_memory()
     if cfg.compile:
         # layers remember masks in Seq.memo, also inside a recomputed block: there is nothing to undo when that runs again
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -32,8 +32,9 @@ from zero2llm.layers.ffns.experts import ExpertLinear
 from zero2llm.layers.ffns.glu import GLU
 from zero2llm.layers.ffns.routers import CountLoad, balance_loss, choose, load_statistics, weigh, z_loss
 from zero2llm.layers.linear import Linear
+from zero2llm.ops.expert_glu import ACTS, expert_glu
 from zero2llm.ops.marks import full_precision, wide
-from zero2llm.ops.route import Plan, collect, load_of, spread
+from zero2llm.ops.route import Plan, collect, grouped_kernel, load_of, spread
 
 
 @config
@@ -89,12 +90,12 @@ class MoEConfig:
         return self.n_shared * (self.hidden if self.shared_hidden is None else self.shared_hidden)
 
     def cost(self, d_model: int) -> Cost:
-        """Saved: the input, a copy of it per choice, gate, act(gate), up, product and result; the router's scores."""
+        """Saved: the input, a copy of it per choice, gate, up and result; the router's scores."""
         d, e, k, h = d_model, self.n_experts, self.top_k, self.hidden
         every = d * e + 3 * d * self.shared_width + self.shared_gate * d  # products that every token meets
         always = every + (self.bias + (self.bias_rate is not None)) * e
         expert = 3 * d * h + self.bias * (2 * h + d)
-        saved = d + k * (2 * d + 4 * h) + 4 * self.shared_width + 4 * e
+        saved = d + k * (2 * d + 2 * h) + 4 * self.shared_width + 4 * e
         unusual = self.act == "gptoss" or self.bias or self.shared_gate
         return Cost(
             always + e * expert, 2 * (every + k * 3 * d * h), active=always + k * expert,
@@ -141,6 +142,18 @@ class MoE(nn.Module):
             aux["router_z_loss"] = cfg.z_weight * z_loss(logits, real)
         return aux
 
+    def experts(self, rows: Tensor, plan: Plan) -> Tensor:
+        """(N k, D) sorted by expert -> (N k, D)."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if (
+            self.cfg.act in ACTS
+            and not self.cfg.bias
+            and torch.is_grad_enabled()
+            and not grouped_kernel(rows, gate.weight)
+        ):
+            return expert_glu(rows, gate.weight, up.weight, down.weight, plan.sizes, self.cfg.act)
+        return down(self.act(gate(rows, plan), up(rows, plan)), plan)
+
     def forward(self, x: Tensor, seq: Seq, state: State | None = None) -> tuple[Tensor, Aux]:
         tokens, aux = x.flatten(0, 1), {}  # (N, D)
         logits = self.logits(tokens)
@@ -153,8 +166,7 @@ class MoE(nn.Module):
             if self.router_bias is not None:
                 weights = CountLoad.apply(weights, self.router_bias, load)
         rows = spread(tokens, plan)  # (N k, D), sorted by expert
-        rows = self.down_proj(self.act(self.gate_proj(rows, plan), self.up_proj(rows, plan)), plan)
-        y = collect(rows, weights, plan)
+        y = collect(self.experts(rows, plan), weights, plan)
         if self.shared is not None:
             always = self.shared(tokens, seq)[0]
             y = y + (always if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * always)

@@ -116,20 +116,19 @@ def mix_chunks(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, marks: Marks, C: in
     same = cut(doc)[..., None] == with_previous(old_doc, new_doc)[..., None, :]
     at, key_at = cut(pos)[..., None], with_previous(old_pos, cut(pos))[..., None, :]
     near, far = (same & kind for kind in relations(at, key_at, C))
-    near_scores = (q[..., :S] @ keys[..., :S].mT / C).relu().square()  # (B, n, size, C + size)
-    far_scores = q[..., S:] @ keys[..., S:].mT / n_far(at, C)
+    far_q = q[..., S:] / n_far(at, C)
+    near_scores = (q[..., :S] / C @ keys[..., :S].mT).relu().square()  # (B, n, size, C + size)
+    scores = near_scores.where(near, (far_q @ keys[..., S:].mT).where(far, 0.0))
 
     last = torch.zeros_like(split(pos, size, -1)[..., -1]) if marks.doc is None else marks.chunks(size)[..., -1]
     added = new_k[..., S:].mT @ (new_v * (new_doc == last[..., None])[..., None])  # (B, n, S, E)
     before, owner, total = [state["done"]], [torch.zeros_like(last[:, 0])], state["all"]
-    for n in range(added.shape[1]):  # what lies before the two chunks that meet, and whose it is
+    for n, added_n in enumerate(added.unbind(1)):  # what lies before the two chunks that meet, and whose it is
         before.append(total)
         owner.append(last[:, n - 1] if n else owner[0])
-        total = (last[:, n] == owner[-1])[:, None, None] * total + added[:, n]
+        total = (last[:, n] == owner[-1])[:, None, None] * total + added_n
     sees = (cut(doc) == torch.stack(owner[:-1], 1)[..., None])[..., None]
-    o = (near_scores * near + far_scores * far) @ values + (q[..., S:] @ torch.stack(before[:-1], 1)) * sees / n_far(
-        at, C
-    )
+    o = scores @ values + far_q @ torch.stack(before[:-1], 1) * sees
     return o.flatten(1, 2)[:, : pos.shape[1]], total
 
 
