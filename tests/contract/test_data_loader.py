@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from zero2llm.core.batch import IGNORE
 from zero2llm.data.inspect import inspect_html, inspect_terminal
-from zero2llm.data.loader import ConversationRows, DocumentRows, Loader, PairRows
+from zero2llm.data.loader import Loader
 from zero2llm.data.pack import best_fit, concat_rows, fill_row
+from zero2llm.data.rows import ConversationRows, DocumentRows, PairRows
 from zero2llm.data.shards import build_shards
 
 EOS, PAD = 0, 1

@@ -57,7 +57,7 @@ def build(tmp_path, tokenizer=None, key="k", texts=TEXTS, name="data"):
 
 def test_documents_come_back(tmp_path):
     shards, tokenizer = build(tmp_path), Bytes()
-    assert len(shards) == 4 and shards.tokens.dtype == np.uint16 and shards.mask is None
+    assert len(shards) == 4 and shards.tokens[:1].dtype == np.uint16 and shards.mask is None
     for i, text in enumerate(TEXTS):
         item = shards.tokens[shards.offsets[i] : shards.offsets[i + 1]].tolist()
         assert item == [tokenizer.eos_id, *tokenizer.encode(text)]
@@ -70,7 +70,7 @@ def test_documents_come_back(tmp_path):
 def test_ids_are_stored_wide_enough(tmp_path, vocab, dtype):
     ids = [0, vocab - 1, 5]
     shards = build_shards([(ids, None)], tmp_path / "data", tokenizer=Bytes(vocab), key="k", kind="clm")
-    assert shards.tokens.dtype == dtype and shards.tokens.tolist() == ids
+    assert shards.tokens[:].dtype == dtype and shards.tokens[:].tolist() == ids
     shards.close()
     with pytest.raises(ValueError, match=f"item 1 .*{vocab}"):
         build_shards([([1], None), ([vocab], None)], tmp_path / "b", tokenizer=Bytes(vocab), key="k", kind="clm")
@@ -98,16 +98,16 @@ def test_wrong_tokenizer_and_damage_are_refused(tmp_path):
     TokenShards.open(folder, "bytes", verify=True).close()
     with pytest.raises(ValueError, match="another tokenizer"):
         TokenShards.open(folder, "another")
-    whole = (folder / "tokens.bin").read_bytes()
+    whole = (folder / "tokens-00000.bin").read_bytes()
     flipped = bytearray(whole)
     flipped[7] ^= 1
-    (folder / "tokens.bin").write_bytes(flipped)
-    with pytest.raises(ValueError, match=r"tokens\.bin.*sha256"):
+    (folder / "tokens-00000.bin").write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"tokens-00000\.bin.*sha256"):
         TokenShards.open(folder, verify=True)
-    (folder / "tokens.bin").write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=r"tokens\.bin.*cut short"):
+    (folder / "tokens-00000.bin").write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=r"tokens-00000\.bin.*cut short"):
         TokenShards.open(folder)
-    (folder / "tokens.bin").write_bytes(whole)
+    (folder / "tokens-00000.bin").write_bytes(whole)
     manifest = json.loads((folder / "manifest.json").read_text())
     for change, word in [({"format": 99}, "format 99"), ({"sizes": None}, "lacks sizes")]:
         (folder / "manifest.json").write_text(json.dumps({k: v for k, v in (manifest | change).items() if v is not None}))

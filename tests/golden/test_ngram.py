@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from zero2llm.evals.ngram import KneserNey
+from zero2llm.data.ngram import KneserNey
 
 
 def corpus(seed, n_docs, vocab, longest=12):

@@ -10,8 +10,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # a data worker needs these functions and no torch
+
+
+def beside(path: Path, what: str = "part") -> Path:
+    """A name next to it that no other process has: process numbers repeat on other machines."""
+    return path.with_name(f".{path.name}.{what}{uuid4().hex[:12]}")
 
 
 @contextmanager
@@ -23,16 +31,15 @@ def new_folder(final: Path, overwrite: bool = False) -> Iterator[Path]:
     final = Path(final)
     if final.is_file() or (final.is_dir() and any(final.iterdir()) and not overwrite):
         raise ValueError(f"{final} already exists and is not empty; choose another place or pass --overwrite")
-    part = final.with_name(f".{final.name}.part{os.getpid()}")
+    part = beside(final)
     try:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
         for path in sorted(part.rglob("*")):
             if path.is_file():
                 _flush(path)
         if final.is_dir():
-            old = final.with_name(f".{final.name}.old{os.getpid()}")
+            old = beside(final, "old")
             os.replace(final, old)
             os.replace(part, final)
             shutil.rmtree(old)
@@ -47,7 +54,7 @@ def new_folder(final: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file in one step."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    part = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")

@@ -1,26 +1,80 @@
-"""Conversations and preferences as token items: ids with the loss mask that the chat template itself marks."""
+"""Conversations, pairs, judged answers, prompts and pictures as token items: ids with the loss mask of the chat template.
+
+An item is (ids, mask) or (ids, mask, extra), extra being what else belongs to it as a JSON object: {"label": true} of a
+judged answer, {"answer": ...} or {"gt": [...]} of a prompt, {"images": [...]} of a picture.
+
+Too long: whole turns go from the end, as long as an answer remains. A side of a pair, a judged answer and a prompt are
+never cut: what is left would be another answer, or another question.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
-from zero2llm.data.schemas import Conversation, Message, Preference
-from zero2llm.data.shards import Item
+from zero2llm.data.pictures import IMAGE_MARK
+from zero2llm.data.schemas import Conversation, Judged, Message, Pictured, Preference, Prompt
 from zero2llm.data.sources import BadRecords
+from zero2llm.data.token_writer import Item
+from zero2llm.tokenizers.chat import Style, render_ids
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
+IMAGE = "\U0010fff3"  # stands for a picture while the text is rendered; a private character
+Marked = tuple[list[int], list[int]]
 
-def conversation_item(messages: list[Message], tokenizer: Tokenizer, max_len: int) -> Item:
+
+def rendered(
+    messages: Sequence[Message], tokenizer: Tokenizer, tools: list[dict] | None = None, *, prompt: bool = False,
+    style: Style | None = None, image: Sequence[int] | None = None,
+) -> Marked:  # fmt: skip
+    """Ids and mask. ``prompt``: the model's turn comes next. ``image``: the ids that stand for one picture."""
+    if tools:  # they ride on the first message as far as the template
+        messages = [{**messages[0], "tools": tools}, *messages[1:]]
+    if image is None:
+        more = {} if style is None else {"style": style}
+        return tokenizer.render(messages, prompt, **more)
+    controls = {tokenizer.library.id_to_token(i): i for i in sorted(tokenizer.special_ids)}
+    roles, style = tokenizer.roles, style or Style()
+    names = {"bos_token": roles.bos, "eos_token": roles.eos, "pad_token": roles.pad, **style.names}
+    asked = {"add_generation_prompt": prompt, "style": Style(names, style.train_thinking)}
+    controls |= {IMAGE: -1}
+    ids, mask = render_ids(tokenizer.template, messages, tokenizer.encode, controls, **asked)
+    pairs = [(i, m) for one, m in zip(ids, mask, strict=True) for i in ([one] if one >= 0 else image)]
+    return [i for i, _ in pairs], [m for _, m in pairs]
+
+
+def conversation_item(
+    messages: list[Message],
+    tokenizer: Tokenizer,
+    max_len: int,
+    style: Style | None = None,
+    notes: Counter[str] | None = None,
+) -> Marked:
     """Ids and mask of one conversation. Too long: whole trailing turns go, as long as an answer remains.
 
-    Raises ValueError if nothing trainable fits.
+    ``notes`` counts what is not trained: turns that went, and answers that the template shows otherwise than they were
+    given. Raises ValueError if nothing trainable fits.
     """
+    tools = messages.tools if isinstance(messages, Conversation) else None
+    return _fitting(messages, partial(rendered, tokenizer=tokenizer, tools=tools, style=style), max_len, notes)
+
+
+def _fitting(
+    messages: list[Message], render: Callable[[list], Marked], max_len: int, notes: Counter[str] | None
+) -> Marked:
     turns, ids = list(messages), []
     while turns:
-        ids, mask = tokenizer.render(turns)
+        ids, mask = render(turns)
         if not any(mask):
-            raise ValueError("nothing in it is trained: no assistant message, or a template without {% generation %}")
+            raise ValueError(
+                "nothing in it is trained: no assistant message, or a template without {% generation %} that shows "
+                "answers otherwise than they were given"
+            )
         if len(ids) <= max_len:
+            if notes is not None:
+                _count(notes, messages, turns, mask)
             return ids, mask
         turns.pop()
         while turns and turns[-1]["role"] != "assistant":
@@ -28,51 +82,121 @@ def conversation_item(messages: list[Message], tokenizer: Tokenizer, max_len: in
     raise ValueError(f"no answer fits into {max_len} tokens (the first ends at {len(ids)}); raise seq_len")
 
 
+def _count(notes: Counter[str], messages: list[Message], turns: list[Message], mask: list[int]) -> None:
+    trained = sum(now > before for before, now in zip([0, *mask], mask, strict=False))
+    answers = sum(turn["role"] == "assistant" for turn in turns)
+    gone = {"turns that did not fit": len(messages) - len(turns), "answers not trained": max(answers - trained, 0)}
+    notes.update({reason: n for reason, n in gone.items() if n})
+
+
 def conversation_items(
-    all_messages: Iterable[list[Message]], tokenizer: Tokenizer, max_len: int, bad: BadRecords
-) -> Iterator[Item]:
+    all_messages: Iterable[list[Message]], tokenizer: Tokenizer, max_len: int, bad: BadRecords,
+    style: Style | None = None, notes: Counter[str] | None = None,
+) -> Iterator[Item]:  # fmt: skip
     """Items of many conversations; those that do not fit are named in ``bad``, never dropped unseen."""
-    for number, messages in enumerate(all_messages, 1):
+    make = partial(conversation_item, tokenizer=tokenizer, max_len=max_len, style=style, notes=notes)
+    return _each(all_messages, make, bad, "conversation")
+
+
+def _each(records: Iterable[Any], make: Callable[[Any], Any], bad: BadRecords, kind: str) -> Iterator[Any]:
+    """What ``make`` makes of every record; those that it refuses are named by their place, or else their number."""
+    for number, record in enumerate(records, 1):
         try:
-            item = conversation_item(messages, tokenizer, max_len)
+            made = make(record)
         except ValueError as error:
-            bad.reject(_place(messages, f"conversation {number}"), str(error))
+            where = "" if type(record) is list else record.where  # bare lists of messages come from callers in Python
+            bad.reject(where or f"{kind} {number}", str(error))
         else:
-            yield item
+            yield made
 
 
-def pair_item(pair: Preference, tokenizer: Tokenizer, max_len: int) -> tuple[Item, Item]:
+def _side(
+    prompt: Sequence[Message], answer: Sequence[Message], tools: list[dict] | None, tokenizer: Tokenizer, max_len: int,
+    style: Style | None,
+) -> Marked:  # fmt: skip
+    """A prompt and an answer; the loss is on the answer only.
+
+    The answer begins where the rendered prompt ends. It is cut before the assistant's header, at a control token,
+    because behind it an answer's first characters may melt with the header's line break into one token.
+    """
+    before, _ = rendered(prompt, tokenizer, tools, style=style)
+    ids, mask = rendered([*prompt, *answer], tokenizer, tools, style=style)
+    if len(ids) > max_len:
+        raise ValueError(f"{len(ids)} tokens do not fit into {max_len}; raise seq_len")
+    if ids[: len(before)] != before:
+        raise ValueError("the chat template renders this prompt differently when an answer follows")
+    mask = [0] * len(before) + list(mask[len(before) :])
+    if not any(mask):
+        raise ValueError("nothing in an answer is trained: a template without {% generation %}?")
+    return ids, mask
+
+
+def pair_item(
+    pair: Preference, tokenizer: Tokenizer, max_len: int, style: Style | None = None
+) -> tuple[Marked, Marked]:
     """The chosen and the rejected side, prompt included; the loss is on the completion only.
 
-    The completion begins where the rendered prompt ends. It is cut before the assistant's header, at a control token,
-    because behind it an answer's first characters may melt with the header's line break into one token.
     Raises ValueError if a side is longer than ``max_len``, or the template renders the prompt otherwise when more follows.
     """
-    prompt, _ = tokenizer.render(pair.prompt)
-    sides = []
-    for answer in (pair.chosen, pair.rejected):
-        ids, mask = tokenizer.render(pair.prompt + answer)
-        if len(ids) > max_len:
-            raise ValueError(f"{len(ids)} tokens do not fit into {max_len}; raise seq_len")
-        if ids[: len(prompt)] != prompt:
-            raise ValueError("the chat template renders this prompt differently when an answer follows")
-        mask = [0] * len(prompt) + list(mask[len(prompt) :])
-        if not any(mask):
-            raise ValueError("nothing in an answer is trained: a template without {% generation %}?")
-        sides.append((ids, mask))
-    return sides[0], sides[1]
+    chosen, rejected = (
+        _side(pair.prompt, answer, pair.tools, tokenizer, max_len, style) for answer in (pair.chosen, pair.rejected)
+    )
+    return chosen, rejected
 
 
-def pair_items(pairs: Iterable[Preference], tokenizer: Tokenizer, max_len: int, bad: BadRecords) -> Iterator[Item]:
+def pair_items(
+    pairs: Iterable[Preference], tokenizer: Tokenizer, max_len: int, bad: BadRecords, style: Style | None = None
+) -> Iterator[Item]:
     """Chosen, rejected, chosen, rejected ... A pair that does not fit goes whole, and is named in ``bad``."""
-    for number, pair in enumerate(pairs, 1):
-        try:
-            sides = pair_item(pair, tokenizer, max_len)
-        except ValueError as error:
-            bad.reject(pair.where or f"pair {number}", str(error))
-        else:
-            yield from sides
+    for sides in _each(pairs, partial(pair_item, tokenizer=tokenizer, max_len=max_len, style=style), bad, "pair"):
+        yield from sides
 
 
-def _place(messages: list[Message], otherwise: str) -> str:
-    return (messages.where if isinstance(messages, Conversation) else "") or otherwise
+def judged_items(
+    answers: Iterable[Judged], tokenizer: Tokenizer, max_len: int, bad: BadRecords, style: Style | None = None
+) -> Iterator[Item]:
+    """KTO: a prompt and an answer each, the loss on the answer; extra: {"label": bool}."""
+
+    def item(one: Judged) -> Item:
+        ids, mask = _side(one.prompt, one.completion, one.prompt.tools, tokenizer, max_len, style)
+        return ids, mask, {"label": one.label}
+
+    return _each(answers, item, bad, "answer")
+
+
+def prompt_items(
+    prompts: Iterable[Prompt], tokenizer: Tokenizer, max_len: int, bad: BadRecords, style: Style | None = None
+) -> Iterator[Item]:
+    """RL: what the model continues, without a mask; extra: {"answer": ...}, {"gt": [...]} where there are."""
+
+    def item(one: Prompt) -> Item:
+        ids, _ = rendered(one.messages, tokenizer, one.messages.tools, prompt=True, style=style)
+        if len(ids) > max_len:
+            raise ValueError(f"a prompt of {len(ids)} tokens does not fit into {max_len}; raise seq_len")
+        extra = {"answer": one.answer} if one.answer is not None else {}
+        return ids, None, extra | ({"gt": list(one.gt)} if one.gt else {})
+
+    return _each(prompts, item, bad, "prompt")
+
+
+def image_items(
+    records: Iterable[Pictured], tokenizer: Tokenizer, max_len: int, bad: BadRecords, *, image_token: str, n_tokens: int,
+    style: Style | None = None,
+) -> Iterator[Item]:  # fmt: skip
+    """Conversations about pictures: every <image> becomes ``n_tokens`` of ``image_token``, which the picture's features
+    replace; extra: {"images": [names in order]}. Raises ValueError if the tokenizer has no such control token."""
+    token = tokenizer.library.token_to_id(image_token)
+    if token is None or token not in tokenizer.special_ids or n_tokens < 1:
+        raise ValueError(
+            f"image_token {image_token!r} must be a control token of the tokenizer, and n_tokens = {n_tokens} positive"
+        )
+    render = partial(rendered, tokenizer=tokenizer, style=style, image=[token] * n_tokens)
+
+    def item(one: Pictured) -> Item:
+        if any(IMAGE in m["content"] for m in one.messages):
+            raise ValueError("holds a character reserved for rendering (U+10FFF3)")
+        turns = [{**m, "content": m["content"].replace(IMAGE_MARK, IMAGE)} for m in one.messages]
+        ids, mask = _fitting(turns, partial(render, tools=one.messages.tools), max_len, None)
+        return ids, mask, {"images": list(one.images[: ids.count(token) // n_tokens])}
+
+    return _each(records, item, bad, "picture")

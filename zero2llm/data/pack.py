@@ -20,22 +20,64 @@ def concat_rows(lengths: np.ndarray, order: np.ndarray, seq_len: int) -> np.ndar
     return np.stack([cuts // seq_len, cuts % seq_len, order[which], cuts - starts[which]], axis=1)
 
 
-def fill_row(pieces: np.ndarray, tokens: np.ndarray, offsets: np.ndarray, seq_len: int, pad: int, end: int):
-    """(tokens, labels, seg), each (seq_len,): one row of `concat_rows`.
+def fill_row(pieces: np.ndarray, tokens, offsets: np.ndarray, filled: int, pad: int, end: int, seq_len: int | None = None):
+    """(tokens, labels, seg), each (seq_len,): one row of `concat_rows`, of which ``filled`` places are taken.
 
     The label of a token is the next one of its document, wherever that stands; of the last one it is ``end``.
     """
+    seq_len = seq_len or filled
     row = np.full(seq_len, pad, dtype=np.int64)
     labels = np.full(seq_len, IGNORE, dtype=np.int64)
     seg = np.zeros(seq_len, dtype=np.int32)
-    for number, (_, column, document, offset) in enumerate(pieces, 1):
-        a, b = offsets[document] + offset, offsets[document + 1]
-        n = int(min(b - a, (pieces[number][1] if number < len(pieces) else seq_len) - column))
-        row[column : column + n] = tokens[a : a + n]
-        labels[column : column + n - 1] = tokens[a + 1 : a + n]
-        labels[column + n - 1] = tokens[a + n] if a + n < b else end
+    for number, (_, column, document, offset) in enumerate(pieces.tolist(), 1):
+        a, b = int(offsets[document]) + offset, int(offsets[document + 1])
+        n = min(b - a, (int(pieces[number][1]) if number < len(pieces) else filled) - column)
+        with_next = tokens[a : min(a + n + 1, b)]
+        row[column : column + n] = with_next[:n]
+        labels[column : column + len(with_next) - 1] = with_next[1:]
+        if len(with_next) == n:
+            labels[column + n - 1] = end
         seg[column : column + n] = number
     return row, labels, seg
+
+
+def stored_row(shards, start: int, n: int, seq_len: int, pad: int, end: int):
+    """(tokens, labels, seg) of ``n`` tokens of the stored stream from ``start`` on; behind its end it begins anew."""
+    total, pieces, column = int(shards.offsets[-1]), [], 0
+    document = int(np.searchsorted(shards.offsets, start, side="right")) - 1
+    while column < n:
+        offset = start - int(shards.offsets[document])
+        pieces.append((0, column, document, offset))
+        column += int(shards.offsets[document + 1]) - start
+        start, document = int(shards.offsets[document + 1]), document + 1
+        if start == total:
+            start = document = 0
+    return fill_row(np.asarray(pieces), shards.tokens, shards.offsets, n, pad, end, seq_len)
+
+
+def cut_rows(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, list[list[int]]]:
+    """Documents into rows with as few cuts as can be: (pieces, 3) of document, offset, length, and the pieces of each row.
+
+    Whole rows are cut from the front of documents that are too long; what remains is packed best-fit.
+    """
+    counts = -(-lengths // seq_len)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    offset = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_len
+    pieces = np.stack([document, offset, np.minimum(lengths[document] - offset, seq_len)], axis=1)
+    return pieces, best_fit(pieces[:, 2], seq_len)
+
+
+def compare_packing(lengths: np.ndarray, seq_len: int) -> dict[str, dict[str, float]]:
+    """What each way of packing costs: rows, share of padding, and share of documents that fit a row but are cut."""
+    whole = lengths <= seq_len
+    ends = np.cumsum(lengths)
+    crossing = (ends - 1) // seq_len != (ends - lengths) // seq_len
+    total, fitted = int(lengths.sum()), len(cut_rows(lengths, seq_len)[1])
+    rows = -(-total // seq_len)
+    return {
+        "concat": {"rows": rows, "padding": 1 - total / (rows * seq_len), "cut": float((crossing & whole).mean())},
+        "best_fit": {"rows": fitted, "padding": 1 - total / (fitted * seq_len), "cut": 0.0},
+    }
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:

@@ -1,148 +1,141 @@
-"""Conversations and preferences from the record shapes in the wild; roles are read, never guessed by position."""
+"""Every shape of a record that is known: told apart by its keys or named, never guessed.
+
+A record fits a schema if it has all keys of one of its alternatives and none of those that mean something else. One that
+fits two, or none, is an error that lists its keys and the schemas. A stage that is told what it reads (SFT: conversations)
+does not ask.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from zero2llm.data.sources import BadRecords, read_records, text_fault
+from zero2llm.data.pictures import Pictured, as_pictured, image_path
+from zero2llm.data.shapes import (
+    Judged,
+    Preference,
+    Prompt,
+    as_agent,
+    as_conversation,
+    as_judged,
+    as_object,
+    as_preference,
+    as_single_prompt,
+    as_single_turn,
+    as_spoken,
+    as_spoken_prompt,
+    has,
+)
+from zero2llm.data.sources import BadRecords, Record, read_records, text_fault
+from zero2llm.data.turns import Conversation, Message, as_messages
 
-Message = dict[str, str]
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # ShareGPT and relatives
-ROLES = ("system", "user", "assistant")
+__all__ = [
+    "SCHEMAS", "Conversation", "Judged", "Message", "Pictured", "Preference", "Prompt", "as_conversation", "as_messages",
+    "as_preference", "conversations", "describe", "detect", "image_texts", "judged", "parse", "parse_all",
+    "preferences", "prompts",
+]  # fmt: skip
 
 
-class Conversation(list):
-    """Messages, and where they were read: a fault that shows only later can still name its line."""
-
-    where = ""
+def as_text(value: object) -> str:
+    record = as_object(value)
+    if fault := text_fault(record.get("text")):
+        raise ValueError(f"field 'text' {fault}; {has(record)}")
+    return record["text"]
 
 
 @dataclass(frozen=True)
-class Preference:
-    """The shared turns, and two assistant turns that could follow."""
+class Schema:
+    """``keys``: alternatives, each a group of keys that must all be there.  ``without``: keys that make it another one."""
 
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    where: str = field(default="", compare=False)
+    keys: tuple[tuple[str, ...], ...]
+    without: tuple[str, ...]
+    parse: Callable[[object], Any]
+    about: str
 
+    def fits(self, record: dict) -> bool:
+        there = {key for key, value in record.items() if value not in (None, [])}
+        return any(there.issuperset(group) for group in self.keys) and not there.intersection(self.without)
 
-def as_messages(value: object) -> list[Message]:
-    """A list of ``role``/``content`` or ``from``/``value`` turns. Raises ValueError saying which turn is wrong."""
-    if not isinstance(value, list) or not value:
-        raise ValueError("a non-empty list of messages was expected")
-    return [_message(i, turn) for i, turn in enumerate(value)]
-
-
-def _message(i: int, turn: object) -> Message:
-    if not isinstance(turn, dict):
-        raise ValueError(f"message {i} is a {type(turn).__name__}, not an object")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = ROLE_NAMES.get(role, role)
-    if role not in ROLES:
-        raise ValueError(f"message {i}: role {role!r} is not supported; {', '.join(ROLES)} are (tools: not yet)")
-    extra = [k for k in ("tool_calls", "tools", "reasoning_content") if turn.get(k)]
-    if extra:
-        raise ValueError(f"message {i}: {extra[0]!r} is not supported yet; it would be dropped unseen")
-    if not isinstance(content, str):
-        raise ValueError(f"message {i} ({role}): content is {content!r}, not text")
-    if content.strip() or role == "assistant":  # an empty system turn is common and harmless
-        if fault := text_fault(content):
-            raise ValueError(f"message {i} ({role}): content {fault}")
-    return {"role": role, "content": content}
+    def wanted(self) -> str:
+        return " or ".join("+".join(group) for group in self.keys)
 
 
-def as_conversation(value: object) -> list[Message]:
-    """One record as messages that end with an assistant turn: what follows the last one has nothing to teach.
-
-    Raises ValueError with the keys that the record has.
-    """
-    if not isinstance(value, dict):
-        raise ValueError(f"an object was expected, this is a {type(value).__name__}")
-    key = next((k for k in ("messages", "conversations") if k in value), None)
-    messages = as_messages(value[key]) if key else _single_turn(value)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("no assistant message to learn from")
-    return messages
-
-
-def _single_turn(value: dict) -> list[Message]:
-    for asked, answer in (("instruction", "output"), ("prompt", "response"), ("prompt", "completion")):
-        if asked in value and answer in value:
-            break
-    else:
-        raise ValueError(
-            "no conversation in it: messages, conversations, instruction+output, prompt+response or prompt+completion "
-            f"are known; it has: {', '.join(map(str, value)) or 'nothing'}"
-        )
-    if value.get("label") is False:
-        raise ValueError("label is false: this completion is an example of what not to say")
-    turns = [("system", value["system"])] if value.get("system") else []
-    for pair in value.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"history holds {pair!r}; [question, answer] was expected")
-        turns += [("user", pair[0]), ("assistant", pair[1])]
-    before = as_messages([{"role": role, "content": content} for role, content in turns]) if turns else []
-    question = value[asked]
-    if isinstance(question, str) and value.get("input"):
-        question = "\n".join(part for part in (question, str(value["input"])) if part)
-    return before + _turns(question, "user", asked) + _turns(value[answer], "assistant", answer)
+_LISTS = (("messages",), ("conversations",))
+_PICTURES = ("image", "images")
+SCHEMAS = {
+    "text": Schema((("text",),), (), as_text, "pretraining: a document"),
+    "conversation": Schema(_LISTS, ("gt", *_PICTURES), as_spoken, "SFT, distillation, RL prompts: turns with roles, tools, thoughts"),
+    "single-turn": Schema(
+        (("instruction", "output"), ("prompt", "response"), ("prompt", "completion")), ("label",), as_single_turn,
+        "SFT: one question and its answer",
+    ),
+    "preference": Schema((("chosen", "rejected"),), (), as_preference, "DPO and relatives: a better and a worse answer"),
+    "unpaired": Schema((("prompt", "completion", "label"),), (), as_judged, "KTO: an answer that is good (true) or not"),
+    "prompt": Schema(
+        (("prompt",),), ("response", "completion", "chosen", "rejected", "messages", "conversations"),
+        as_single_prompt,
+        "RL: a question, perhaps with the answer that a reward compares with",
+    ),
+    "agent": Schema(
+        tuple((key, "gt") for (key,) in _LISTS), _PICTURES, as_agent, "RL with tools: gt must appear in the final answer"
+    ),
+    "image-text": Schema(
+        tuple((key, picture) for (key,) in _LISTS for picture in _PICTURES), ("gt",), as_pictured,
+        "vision: pictures, and a conversation with <image> in it",
+    ),
+}  # fmt: skip
 
 
-def _turns(value: object, role: str, key: str) -> list[Message]:
-    """A string as one message of ``role``, or a list of messages."""
-    if isinstance(value, list):
-        return as_messages(value)
-    if fault := text_fault(value):
-        raise ValueError(f"field {key!r} {fault}")
-    return [{"role": role, "content": value}]
+def describe(name: str) -> str:
+    """One line: keys and purpose. Raises ValueError naming the schemas that exist."""
+    schema = _schema(name)
+    return f"{schema.wanted()} ({schema.about})"
 
 
-def as_preference(value: object) -> Preference:
-    """One record with ``chosen`` and ``rejected``; a prompt that stands both apart and inside is not doubled."""
-    if not isinstance(value, dict) or not {"chosen", "rejected"} <= set(value):
-        has = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"chosen and rejected are needed; it has: {has}")
-    prompt = _turns(value["prompt"], "user", "prompt") if value.get("prompt") else []
-    whole = [_turns(value[key], "assistant", key) for key in ("chosen", "rejected")]
-    chosen, rejected = (turns[len(prompt) :] if _same(turns[: len(prompt)], prompt) else turns for turns in whole)
-    apart = chosen is whole[0] or rejected is whole[1]
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and _same(
-        chosen[shared : shared + 1], rejected[shared : shared + 1]
-    ):
-        shared += 1
-    inside, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if (
-        prompt and apart and _same(inside[-len(prompt) :], prompt)
-    ):  # the lists hold more than it: a system turn, history
-        prompt = []
-    if not chosen and not rejected:
-        raise ValueError("chosen and rejected are the same; such a pair teaches nothing")
-    if not chosen or not rejected:
-        raise ValueError("one of chosen and rejected is the other's beginning; there is nothing to compare")
-    if not prompt + inside:
-        raise ValueError("no prompt: neither a field 'prompt' nor turns that chosen and rejected share")
-    if any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
-        raise ValueError("chosen and rejected must part at an assistant message; here the prompts differ")
-    return Preference(prompt + inside, chosen, rejected)
+def _schema(name: str) -> Schema:
+    if name not in SCHEMAS:
+        raise ValueError(f"there is no schema {name!r}; there are: {', '.join(SCHEMAS)}")
+    return SCHEMAS[name]
 
 
-def _same(a: list[Message], b: list[Message]) -> bool:
-    strip = lambda turns: [(m["role"], m["content"].strip()) for m in turns]
-    return strip(a) == strip(b)
+def detect(record: object, among: Sequence[str] = tuple(SCHEMAS)) -> str:
+    """The schema that a record fits. Raises ValueError if it is none or more than one of ``among``."""
+    value = as_object(record)
+    fitting = [name for name in among if SCHEMAS[name].fits(value)]
+    if len(fitting) == 1:
+        return fitting[0]
+    known = "; ".join(f"{name}: {SCHEMAS[name].wanted()}" for name in among)
+    if not fitting:
+        raise ValueError(f"it fits no schema; {has(value)}; known are {known}")
+    raise ValueError(f"it fits {' and '.join(fitting)}; name one of them (schema); {has(value)}; known are {known}")
 
 
-def conversations(paths: Sequence[str], bad: BadRecords) -> Iterator[Conversation]:
+def parse(record: object, schema: str | None = None, among: Sequence[str] = tuple(SCHEMAS)) -> Any:
+    """What the record is under its schema, named or detected. Raises ValueError saying what is wrong with it."""
+    return _schema(schema or detect(record, among)).parse(record)
+
+
+def parse_all(paths: Sequence[str], bad: BadRecords, schema: str | None = None) -> Iterator[tuple[str, str, Any]]:
+    """(where, schema, value) of every record of every kind: what ``data validate`` and ``data inspect`` walk through."""
+    for record in read_records(paths, bad):
+        try:
+            name = schema or detect(record.value)
+            value = _schema(name).parse(record.value)
+        except ValueError as error:
+            bad.add(record.file, record.line, str(error))
+        else:
+            yield f"{record.file}, line {record.line}", name, value
+
+
+def conversations(paths: Sequence[str], bad: BadRecords, schema: str | None = None) -> Iterator[Conversation]:
     """One conversation a record. Bad: no conversation in it, or nothing that the assistant says."""
-    for where, messages in _parsed(paths, bad, as_conversation):
-        conversation = Conversation(messages)
-        conversation.where = where
-        yield conversation
+    named = {None: as_conversation, "conversation": as_spoken, "agent": as_spoken, "single-turn": as_single_turn}
+    for where, messages in _parsed(paths, bad, _one_of(named, schema)):
+        messages.where = where
+        yield messages
 
 
 def preferences(paths: Sequence[str], bad: BadRecords) -> Iterator[Preference]:
@@ -151,11 +144,61 @@ def preferences(paths: Sequence[str], bad: BadRecords) -> Iterator[Preference]:
         yield replace(pair, where=where)
 
 
-def _parsed(paths: Sequence[str], bad: BadRecords, parse: Callable[[object], Any]) -> Iterator[tuple[str, Any]]:
-    for record in read_records(paths, bad):
-        try:
-            value = parse(record.value)
-        except ValueError as error:
-            bad.add(record.file, record.line, str(error))
-        else:
-            yield f"{record.file}, line {record.line}", value
+def judged(paths: Sequence[str], bad: BadRecords) -> Iterator[Judged]:
+    """One judged answer a record (KTO)."""
+    for where, answer in _parsed(paths, bad, as_judged):
+        yield replace(answer, where=where)
+
+
+def prompts(paths: Sequence[str], bad: BadRecords, schema: str | None = None) -> Iterator[Prompt]:
+    """One prompt a record, or a line of a .txt file, where a line that begins with # is a comment."""
+    named = {None: _any_prompt, "conversation": as_spoken_prompt, "prompt": as_single_prompt, "agent": as_agent}
+    for where, prompt in _parsed(paths, bad, _one_of(named, schema), lines=True):
+        yield replace(prompt, where=where)
+
+
+def image_texts(paths: Sequence[str], folder: str | Path, bad: BadRecords) -> Iterator[Pictured]:
+    """Conversations about pictures in ``folder``. Bad: a picture that is missing or lies elsewhere."""
+
+    def pictured(value: object) -> Pictured:
+        found = as_pictured(value)
+        for name in found.images:
+            image_path(folder, name)
+        return found
+
+    for where, found in _parsed(paths, bad, pictured):
+        yield replace(found, where=where)
+
+
+def _any_prompt(value: object) -> Prompt:
+    kind = detect(value, ("prompt", "agent", "conversation"))
+    return as_spoken_prompt(value) if kind == "conversation" else SCHEMAS[kind].parse(value)
+
+
+def _one_of(named: dict[str | None, Callable[[object], Any]], schema: str | None) -> Callable[[object], Any]:
+    if schema not in named:
+        raise ValueError(f"schema {schema!r} does not serve here; these do: {', '.join(n for n in named if n)}")
+    return named[schema]
+
+
+def _parsed(
+    paths: Sequence[str], bad: BadRecords, parse: Callable[[object], Any], lines: bool = False
+) -> Iterator[tuple[str, Any]]:
+    for whole in read_records(paths, bad):
+        for record in _lines(whole) if lines else [whole]:
+            try:
+                value = parse(record.value)
+            except ValueError as error:
+                bad.add(record.file, record.line, str(error))
+            else:
+                yield f"{record.file}, line {record.line}", value
+
+
+def _lines(record: Record) -> Iterator[Record]:
+    """A .txt file arrives as one document: each of its lines is a prompt."""
+    if not re.search(r"\.txt(\.(gz|xz|zst|bz2))?$", record.file) or set(record.value) != {"text"}:
+        yield record
+        return
+    for number, line in enumerate(record.value["text"].splitlines(), record.line):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield Record({"prompt": line.strip()}, record.file, number)

@@ -1,65 +1,53 @@
-"""Records from the files that people have: txt, jsonl, JSON arrays, parquet; every fault with its file and line."""
+"""Records from what people have: text, pages, jsonl, JSON, tables and parquet, in files, folders, archives and on hubs.
+
+    paths -> units -> records       a unit is what one worker reads alone, the same whatever the number of workers
+
+A record is read as it stands or listed with file, line and reason; nothing is dropped unseen, and nothing bad takes a good
+one along. *Why.* Memory stays below a few hundred MB for files of any size: one line, element, row group or text of
+16 MiB is held at a time.
+"""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import io
-import json
-import lzma
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from zero2llm.data.json_stream import elements
+from zero2llm.data.hub import hub_units, is_hub
+from zero2llm.data.readers.archive import walk_tar, zip_entries
+from zero2llm.data.readers.kinds import LINES, hidden, kind_of, known, readable
+from zero2llm.data.readers.lines import cuts
+from zero2llm.data.readers.reading import read
+from zero2llm.data.readers.record import BadRecords, Record, Source, Unit
+from zero2llm.data.readers.tables import row_groups
+from zero2llm.data.readers.values import half_character
+
+__all__ = ["BadRecords", "Record", "Source", "Unit", "documents", "expand", "read_records", "read_unit", "text_fault", "texts_of", "units"]
 
 EMBEDDED = ("en_austen", "en_moby_dick", "zh_classical_prose", "zh_poetry_small", "zh_songci")
-SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
-OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+EMPTY = "the file is empty; remove it from the list or fill it"
+DIRT = (b"\xff\xfe", b"\xfe\xff")  # a file that begins so may be UTF-16, and is not cut at bytes
 
 
-@dataclass(frozen=True)
-class Record:
-    """One object of a file. ``line`` counts from 1 (txt: 1; parquet: the row's number)."""
-
-    value: Any
-    file: str
-    line: int
-
-
-@dataclass
-class BadRecords:
-    """What could not be used. With ``skip`` it is counted and listed; without, the first one ends the run."""
-
-    skip: bool = False
-    found: list[str] = field(default_factory=list)
-
-    def add(self, file: str, line: int, reason: str) -> None:
-        self.reject(f"{file}, line {line}", reason)
-
-    def reject(self, where: str, reason: str) -> None:
-        """The same for a place that is already a sentence's beginning."""
-        if not self.skip:
-            raise ValueError(f"{where}: {reason}; correct it, or pass --skip-bad-records to leave such records out")
-        self.found.append(f"{where}: {reason}")
-
-
-def expand(paths: Sequence[str]) -> list[Path]:
-    """Files named by paths, folders, globs, ``embedded`` or ``embedded:NAME``, each once, in order.
+def expand(paths: Sequence[str]) -> list[Path | str]:
+    """Files named by paths, folders, globs, ``embedded`` or ``embedded:NAME``, each once, in order; hub names stay as they are.
 
     Raises ValueError for something that does not exist or holds no readable file.
     """
-    files: list[Path] = []
+    files: list[Path | str] = []
     for path in map(str, paths):
         if path == "embedded" or path.startswith("embedded:"):
             files += _embedded(path.partition(":")[2])
+        elif is_hub(path):
+            files.append(path)
         elif Path(path).is_dir():
-            found = sorted(p for p in Path(path).rglob("*") if p.is_file() and _kind(p) in SUFFIXES)
+            inside = sorted(p for p in Path(path).rglob("*") if p.is_file() and readable(p.name))
+            found = [p for p in inside if not hidden(p.relative_to(path).as_posix())]
             if not found:
-                raise ValueError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+                raise ValueError(f"{path}: the folder holds no {known()} file")
             files += found
         elif Path(path).is_file():
             files.append(Path(path))
@@ -77,103 +65,84 @@ def _embedded(name: str) -> list[Path]:
     return [folder / f"{n}.jsonl.xz" for n in ([name] if name else EMBEDDED)]
 
 
-def _kind(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+def units(source: Source | Sequence[str], target_bytes: int = 32 << 20) -> list[Unit]:
+    """The source in parts for workers: ranges of plain jsonl files and parquet's row groups of about ``target_bytes``,
+    members of archives, shards of hub data sets, and whole files. Raises ValueError as `expand` does.
+    """
+    source = source if isinstance(source, Source) else Source(paths=tuple(source))
+    return [unit for path in expand(source.paths) for unit in _units_of(str(path), source, target_bytes)]
 
 
-def read_records(paths: Sequence[str], bad: BadRecords) -> Iterator[Record]:
-    """All records in file order. Raises ValueError for a file that is empty, unreadable or of an unknown kind."""
-    for path in expand(paths):
-        count, already = 0, len(bad.found)
-        try:
-            for record in _read(path, bad):
-                count += 1
+def _units_of(path: str, source: Source, target: int | None) -> list[Unit]:
+    """``target`` None: for one reader, so nothing is cut. A file that cannot be cut because it is damaged stays whole."""
+    if is_hub(path):
+        return hub_units(path, source)
+    (kind, compression), whole = kind_of(path), Unit(path, source=source)
+    if not readable(path):
+        raise ValueError(f"{path}: unknown kind of file {Path(path).suffix!r}; readable are {known()}")
+    try:
+        if kind == ".zip" and not compression:
+            return _members(whole, [replace(whole, member=e.name, start=e.header) for e in zip_entries(path)])
+        if kind == ".tar" and not compression:
+            with open(path, "rb") as file:
+                found = [replace(whole, member=m.name, start=m.start, end=m.start + m.size) for m in walk_tar(file)]
+            return _members(whole, found)
+        if target is not None and kind == ".parquet" and not compression:
+            return [replace(whole, start=a, end=b, line=row) for a, b, row in row_groups(path, target)] or [whole]
+    except ValueError:
+        return [whole]  # damaged: the reader says so, and what stands before the damage
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if target is None or compression or kind not in LINES or Path(path).stat().st_size <= target or not _is_bytes(path, source):
+        return [whole]
+    ranges = cuts(path, target, Path(path).stat().st_size)
+    return [replace(whole, start=a, end=b, line=line) for a, b, line in ranges]
+
+
+def _is_bytes(path: str, source: Source) -> bool:
+    with open(path, "rb") as file:
+        return source.is_utf8 and file.read(2) not in DIRT
+
+
+def _members(whole: Unit, found: list[Unit]) -> list[Unit]:
+    """Members that are data; an archive without any is read whole, to say so."""
+    return [unit for unit in found if readable(unit.member) and not hidden(unit.member)] or [whole]
+
+
+def read_unit(unit: Unit, bad: BadRecords) -> Iterator[Record]:
+    """Records in order. A file or member without any is bad. Raises ValueError for what no skipping helps against."""
+    n, before = 0, bad.total
+    for record in read(unit, bad):
+        n += 1
+        yield record
+    cut = kind_of(unit.file)[0] in (*LINES, ".parquet") and unit.end is not None or is_hub(unit.file)
+    if not n and bad.total == before and not cut:
+        bad.reject(unit.place, EMPTY)
+
+
+def read_records(paths: Sequence[str] | Source, bad: BadRecords) -> Iterator[Record]:
+    """All records in file order. Raises ValueError for a file that is empty or of an unknown kind."""
+    source = paths if isinstance(paths, Source) else Source(paths=tuple(paths))
+    for path in expand(source.paths):
+        n, before = 0, bad.total
+        for unit in _units_of(str(path), source, None):
+            for record in read(unit, bad):
+                n += 1
                 yield record
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # a damaged .xz or .gz, no permission ...
-            raise ValueError(f"{path}: cannot be read ({error})") from error
-        if not count and len(bad.found) == already:
-            raise ValueError(f"{path}: the file is empty; remove it from the list or fill it")
+        if not n and bad.total == before:
+            raise ValueError(f"{path}: {EMPTY}")
 
 
-def _read(path: Path, bad: BadRecords) -> Iterator[Record]:
-    kind = _kind(path)
-    if kind == ".parquet":
-        yield from _parquet(path)
-    elif kind == ".jsonl":
-        yield from _json_lines(path, bad)
-    elif kind == ".json":
-        yield from _json_array(path)
-    elif kind in (".txt", ".md"):
-        text = _text(path)
-        if text.strip():
-            yield Record({"text": text}, str(path), 1)
-    else:
-        raise ValueError(
-            f"{path}: unknown kind of file {path.suffix!r}; readable are {', '.join(SUFFIXES)}, also with .xz or .gz"
-        )
-
-
-def _binary(path: Path) -> io.BufferedIOBase:
-    return OPENERS.get(path.suffix, open)(path, "rb")
-
-
-def _text(path: Path) -> str:
-    with _binary(path) as file:
-        data = file.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file to UTF-8"
-        ) from None
-
-
-def _json_lines(path: Path, bad: BadRecords) -> Iterator[Record]:
-    with _binary(path) as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                yield Record(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")), str(path), number)
-            except UnicodeDecodeError:
-                bad.add(str(path), number, "not UTF-8")
-            except (ValueError, RecursionError) as error:
-                bad.add(str(path), number, f"not JSON ({error})")
-
-
-def _json_array(path: Path) -> Iterator[Record]:
-    with _binary(path) as file:
-        try:
-            for value, line in elements(file):
-                yield Record(value, str(path), line)
-        except ValueError as error:
-            raise ValueError(f"{path}, {error}") from None
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ValueError(f"{path}: parquet needs the extra: pip install 'zero2llm[parquet]'") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow's errors share no base class
-        raise ValueError(f"{path}: cannot be read as parquet ({error})") from None
-    number = 0
-    for batch in file.iter_batches(1024):
-        for value in batch.to_pylist():
-            number += 1
-            yield Record(value, str(path), number)
-
-
-def documents(paths: Sequence[str], field: str = "text", bad: BadRecords | None = None) -> Iterator[str]:
-    """The text of every record. Bad: not an object, without ``field``, not a string, or blank."""
+def documents(paths: Sequence[str] | Source, field: str = "text", bad: BadRecords | None = None) -> Iterator[str]:
+    """The text of every record, as `texts_of` finds it."""
     bad = bad or BadRecords()
-    for record in read_records(paths, bad):
-        value = record.value
-        if isinstance(value, str):
-            value = {field: value}
+    yield from texts_of(read_records(paths, bad), field, bad)
+
+
+def texts_of(records: Iterable[Record], field: str, bad: BadRecords) -> Iterator[str]:
+    """The text of every record. Bad: not an object, without ``field``, not a string, or blank."""
+    for record in records:
+        value = {field: record.value} if isinstance(record.value, str) else record.value
         if not isinstance(value, dict):
             bad.add(record.file, record.line, f"an object was expected, this is a {type(value).__name__}")
         elif field not in value:
@@ -188,8 +157,4 @@ def text_fault(value: Any) -> str:
     """Why a value cannot be learned from as text; empty if it can."""
     if not isinstance(value, str) or not value.strip():
         return f"holds no text: {str(value)[:40]!r}"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair, which no encoding can store
-        return f"holds half a character (\\u{ord(value[error.start]):04x}) at position {error.start}"
-    return ""
+    return half_character(value)

@@ -21,7 +21,8 @@ from zero2llm.core.device import pick_device
 from zero2llm.core.files import read_json, write_atomic
 from zero2llm.core.seeds import seed_all
 from zero2llm.core.seq import Seq
-from zero2llm.data.loader import DocumentRows, Loader
+from zero2llm.data.loader import Loader
+from zero2llm.data.rows import DocumentRows
 from zero2llm.data.shards import TokenShards
 from zero2llm.evals import synthetic
 from zero2llm.lab.measure import peak_rss_mb

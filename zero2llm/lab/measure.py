@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from zero2llm.core.batch import IGNORE, Batch
+from zero2llm.data.ngram import KneserNey
 from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
 from zero2llm.evals.metrics import Rate, bits_per_byte, exact_match, win_rate
-from zero2llm.evals.ngram import KneserNey
 from zero2llm.evals.tasks.items import Item
 from zero2llm.model.lm import LM
 from zero2llm.train.objectives.dpo import sequence_logps

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,25 +29,64 @@ class TokenizerConfig:
     path: str | None = None
     vocab_size: int = 4096
     split: Literal["gpt2", "llama3", "qwen2"] = "qwen2"
-    engine: Literal["handwritten", "library"] = "handwritten"
+    kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+    engine: Literal["handwritten", "library", "rustbpe"] = "handwritten"
     sample_bytes: int | None = 4_000_000  # text the merges are learned from; null = all of it
 
 
 @config
-class DataConfig:
-    """Files, folders, globs, or ``embedded`` / ``embedded:NAME``. The objective decides which records are expected."""
+class PartConfig:
+    """One source of a mixture; weights are relative to each other."""
 
+    name: str
     train: tuple[str, ...]
+    weight: float = 1.0
+
+
+@config
+class TurnConfig:
+    """A curriculum's turn: from this share of all steps on, sources come with these weights (one not named: 0)."""
+
+    at: float
+    weights: dict[str, float]
+
+
+@config
+class DataConfig:
+    """Files, folders, globs, ``embedded`` / ``embedded:NAME``, or a folder of token files. The objective decides which
+    records are expected. ``mixture`` in place of ``train``: several sources with weights."""
+
+    train: tuple[str, ...] = ()
+    mixture: tuple[PartConfig, ...] = ()
+    curriculum: tuple[TurnConfig, ...] = ()
+    packing: Literal["concat", "best_fit", "stored"] = "concat"  # of documents; rows.py says what each costs
+    workers: int | None = None  # processes that encode text; None = one a core
     valid: tuple[str, ...] | None = None  # None = a share of the training documents, chosen by their content
     valid_fraction: float = 0.01
     valid_rows: int | None = None  # at most this many rows are evaluated; None = all
     field: str = "text"
     skip_bad_records: bool = False
+    sft_schema: Literal["conversation", "single-turn", "agent"] | None = None  # None = told by each record's own keys
+    template_names: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the chat template may read: {keep_thinking: true}
+    train_thinking: bool = True  # whether what stands between <think> and </think> is part of the loss
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.train:
-            raise ValueError("data.train is empty")
+        if bool(self.train) == bool(self.mixture) or any(not part.train for part in self.mixture):
+            raise ValueError("data.train is empty: give it, or data.mixture with a list train for each source (not both)")
+        names = [part.name for part in self.mixture]
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+            raise ValueError(f"data.mixture: names {names} must differ, and be of letters, digits, - and _")
+        at = [0.0, *(turn.at for turn in self.curriculum), 1.0]
+        if any(a >= b for a, b in zip(at, at[1:], strict=False)) or (self.curriculum and not self.mixture):
+            raise ValueError(f"data.curriculum: turns at {at[1:-1]} must rise between 0 and 1, and need data.mixture")
+        for turn in self.curriculum:
+            if unknown := set(turn.weights) - set(names):
+                raise ValueError(f"data.curriculum: {', '.join(sorted(unknown))} is none of the sources {', '.join(names)}")
+        if self.valid == ():
+            raise ValueError("data.valid is empty; leave the key out to hold out a share of data.train")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"data.workers = {self.workers} must be positive")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"data.valid_fraction = {self.valid_fraction} must lie between 0 and 1")
 
@@ -95,6 +136,8 @@ class Recipe:
             raise ValueError("with init the tokenizer is the checkpoint's own; remove the key tokenizer")
         if self.init is None and self.tokenizer is None:
             raise ValueError("key 'tokenizer' is required where the model starts from nothing")
+        if self.objective.kind != "clm" and (self.data.mixture or self.data.packing != "concat"):
+            raise ValueError(f"data.mixture and data.packing are for documents; objective {self.objective.kind} reads whole samples")
         if self.objective.kind == "dpo" and self.init is None:
             raise ValueError("objective dpo needs init: the checkpoint is also its reference")
         if self.model is not None and self.model.init.kind == "mup" and self.optim.kind == "muon":

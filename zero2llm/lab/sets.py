@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
-from itertools import islice
+from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 
 from zero2llm.core.batch import Batch
@@ -15,12 +16,17 @@ from zero2llm.core.config import to_dict
 from zero2llm.core.files import new_folder, write_atomic
 from zero2llm.core.log import console
 from zero2llm.data.chats import conversation_items, pair_items
-from zero2llm.data.loader import ConversationRows, DocumentRows, Loader, PairRows
+from zero2llm.data.loader import Loader
+from zero2llm.data.pipeline.run import stamp
+from zero2llm.data.rows import ConversationRows, PairRows, Rows
 from zero2llm.data.schemas import conversations, preferences
-from zero2llm.data.shards import Item, TokenShards, build_shards, document_items, share, split_documents
+from zero2llm.data.shards import TokenShards, build_shards, share
 from zero2llm.data.sources import BadRecords, documents, expand
+from zero2llm.data.token_writer import Item
+from zero2llm.lab.corpus import corpus, corpus_rows, member_paths, training_rows
 from zero2llm.lab.recipe import DataConfig, Recipe, TokenizerConfig
 from zero2llm.parallel.plan import World
+from zero2llm.tokenizers.chat import Style
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
 
@@ -43,12 +49,11 @@ def build_tokenizer(cfg: TokenizerConfig, data: DataConfig, run: Path) -> tuple[
         return Tokenizer.load(cfg.path), Path(cfg.path)
     folder = run / "tokenizer"
     if not folder.is_dir():
-        console().print(f"training a tokenizer of {cfg.vocab_size} entries ({cfg.engine})", markup=False)
-        texts, _ = read_documents(data, data.train)
+        console().print(f"training a tokenizer of {cfg.vocab_size} entries ({cfg.kind}, {cfg.engine})", markup=False)
+        texts, _ = read_documents(data, tuple(chain(*member_paths(data).values())))
         with new_folder(folder) as part:
-            Tokenizer.train(_sample(texts, cfg.sample_bytes), cfg.vocab_size, split=cfg.split, engine=cfg.engine).save(
-                part
-            )
+            sample = _sample(texts, cfg.sample_bytes)
+            Tokenizer.train(sample, cfg.vocab_size, split=cfg.split, engine=cfg.engine, kind=cfg.kind).save(part)
     return Tokenizer.load(folder), folder
 
 
@@ -74,9 +79,9 @@ def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) ->
     train, valid = _shards(recipe, tokenizer, run)
     kind, ranks = recipe.objective.kind, {"rank": world.rank, "world": world.size}
 
-    def rows(shards: TokenShards, seed: int | None):
+    def rows(shards: TokenShards, seed: int | None) -> Rows:
         if kind == "clm":
-            return DocumentRows(shards, recipe.seq_len, tokenizer.pad_id, tokenizer.eos_id, seed)
+            return corpus_rows(recipe, tokenizer)(shards, seed)
         if kind == "sft":
             return ConversationRows(shards, recipe.seq_len, tokenizer.pad_id, seed)
         return PairRows(shards, tokenizer.pad_id, seed)
@@ -88,87 +93,74 @@ def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) ->
         loader = Loader(held_out, max(n // held_out.unit, 1) * held_out.unit, seed=recipe.seed, repeat=False)
         return islice(loader, -(-(recipe.data.valid_rows or 10**9) // n))
 
-    return Sets(Loader(rows(train, recipe.seed), recipe.rows, seed=recipe.seed, **ranks), one_pass)
+    source = training_rows(recipe, tokenizer, train) if kind == "clm" else rows(train[0], recipe.seed)
+    return Sets(Loader(source, recipe.rows, seed=recipe.seed, **ranks), one_pass)
 
 
-def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[TokenShards, TokenShards]:
+def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[list[TokenShards], TokenShards]:
     """Training and validation token files of the recipe, in ``run/data``."""
-    data, bad = recipe.data, BadRecords(skip=recipe.data.skip_bad_records)
-    key = _key(recipe)
-    if data.valid is not None:
-        parts = [
-            (name, lambda paths=paths: _items(recipe, tokenizer, paths, bad))
-            for name, paths in (("train", data.train), ("valid", data.valid))
-        ]
+    bad, key = BadRecords(skip=recipe.data.skip_bad_records), _key(recipe)
+    if recipe.objective.kind == "clm":
+        train, valid = corpus(recipe, tokenizer, run, key, bad)
     else:
-        split = cache(lambda: _split(recipe, tokenizer, bad))
-        parts = [("train", lambda: split()[0]), ("valid", lambda: split()[1])]
-    made = []
-    for name, items in parts:
-        folder = run / "data" / name
-        made.append(
-            _reuse(folder, tokenizer, key)
-            or build_shards(items(), folder, tokenizer=tokenizer, key=key, kind=recipe.objective.kind)
-        )
+        sides = cache(lambda: _sides(recipe, tokenizer, bad))
+        train, valid = [_samples(run / "data" / "train", 0, sides, tokenizer, key, recipe)], None
+        valid = _samples(run / "data" / "valid", 1, sides, tokenizer, key, recipe)
     if bad.found:
         console().print(
-            f"{len(bad.found)} bad records left out; the first: {bad.found[0]}", style="yellow", markup=False
+            f"{bad.total} bad records left out; the first: {bad.found[0]}", style="yellow", markup=False
         )
-        write_atomic(run / "data" / "bad_records.txt", "\n".join(bad.found) + "\n")
-    return made[0], made[1]
+        write_atomic(run / "data" / "bad_records.txt", "\n".join(bad.lines()) + "\n")
+    return train, valid
+
+
+def _samples(folder: Path, side: int, sides: Callable, tokenizer: Tokenizer, key: str, recipe: Recipe) -> TokenShards:
+    """Conversations or pairs of one side, made unless they stand there already."""
+    if (folder / "manifest.json").is_file():
+        shards = TokenShards.open(folder, verify=True)
+        if (shards.manifest["key"], shards.manifest["tokenizer"]) == (key, tokenizer.fingerprint()):
+            return shards
+    return build_shards(sides()[side], folder, tokenizer=tokenizer, key=key, kind=recipe.objective.kind)
 
 
 def _key(recipe: Recipe) -> str:
     """Names the data that token files were made from: options, and every file with its size and time."""
-    paths = [*recipe.data.train, *(recipe.data.valid or ())]
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in expand(paths)]
-    return hashlib.sha256(
-        json.dumps([to_dict(recipe.data), recipe.objective.kind, recipe.seq_len, files]).encode()
-    ).hexdigest()
+    paths = [*chain(*member_paths(recipe.data).values()), *(recipe.data.valid or ())]
+    files = [(str(p), *stamp(p)) for p in expand(paths)]
+    data, kind = to_dict(recipe.data), recipe.objective.kind
+    for name in ("workers", "packing", "curriculum", "valid_rows"):  # these change batches, not token files
+        del data[name]
+    data["mixture"] = [{key: part[key] for key in ("name", "train")} for part in data["mixture"]]
+    length = None if kind == "clm" else recipe.seq_len  # what does not fit is cut or refused there
+    return hashlib.sha256(json.dumps([data, kind, length, files]).encode()).hexdigest()
 
 
-def _reuse(folder: Path, tokenizer: Tokenizer, key: str) -> TokenShards | None:
-    if not (folder / "manifest.json").is_file():
-        return None
-    shards = TokenShards.open(folder, verify=True)
-    return shards if (shards.manifest["key"], shards.manifest["tokenizer"]) == (key, tokenizer.fingerprint()) else None
-
-
-def _split(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Iterable[Item], Iterable[Item]]:
-    """Held-out data by content where the recipe names none: documents, or whole conversations and pairs."""
-    fraction = recipe.data.valid_fraction
-    if recipe.objective.kind == "clm":
-        texts = list(islice(documents(recipe.data.train, field=recipe.data.field, bad=bad), recipe.data.max_documents))
-        train, valid = split_documents(texts, fraction)
-        _check_split(len(train), len(valid), fraction)
-        return document_items(train, tokenizer), document_items(valid, tokenizer)
-    read = conversations if recipe.objective.kind == "sft" else preferences
-    records = list(islice(read(recipe.data.train, bad), recipe.data.max_documents))
+def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Iterable[Item], Iterable[Item]]:
+    """Training and held-out items; held out by content where the recipe names no files for it."""
+    data = recipe.data
+    read = partial(conversations, schema=data.sft_schema) if recipe.objective.kind == "sft" else preferences
+    records = lambda paths: islice(read(paths, bad), data.max_documents)
+    if data.valid is not None:
+        return tuple(_tokenized(recipe, tokenizer, records(paths), bad) for paths in (data.train, data.valid))
     sides: tuple[list, list] = ([], [])
-    for record in records:
+    for record in records(data.train):
         asked = record[0] if recipe.objective.kind == "sft" else record.prompt[-1]
-        sides[share(asked["content"]) < fraction].append(record)
-    _check_split(len(sides[0]), len(sides[1]), fraction)
-    return _tokenized(recipe, tokenizer, sides[0], bad), _tokenized(recipe, tokenizer, sides[1], bad)
-
-
-def _check_split(n_train: int, n_valid: int, fraction: float) -> None:
-    if not n_train or not n_valid:
+        sides[share(asked["content"]) < data.valid_fraction].append(record)
+    if not all(sides):
         raise ValueError(
-            f"data.valid_fraction = {fraction} leaves {n_train} records for training and {n_valid} for validation; "
-            "give data.valid, another fraction, or more data"
+            f"data.valid_fraction = {data.valid_fraction} leaves {len(sides[0])} records for training and {len(sides[1])} "
+            "for validation; give data.valid, another fraction, or more data"
         )
-
-
-def _items(recipe: Recipe, tokenizer: Tokenizer, paths: tuple[str, ...], bad: BadRecords) -> Iterable[Item]:
-    if recipe.objective.kind == "clm":
-        return document_items(
-            islice(documents(paths, field=recipe.data.field, bad=bad), recipe.data.max_documents), tokenizer
-        )
-    read = conversations if recipe.objective.kind == "sft" else preferences
-    return _tokenized(recipe, tokenizer, islice(read(paths, bad), recipe.data.max_documents), bad)
+    return tuple(_tokenized(recipe, tokenizer, side, bad) for side in sides)
 
 
 def _tokenized(recipe: Recipe, tokenizer: Tokenizer, records: Iterable, bad: BadRecords) -> Iterable[Item]:
-    make = conversation_items if recipe.objective.kind == "sft" else pair_items
-    return make(records, tokenizer, recipe.seq_len, bad)
+    names, thinking = recipe.data.template_names, recipe.data.train_thinking
+    style = Style(names, thinking) if names or not thinking else None
+    if recipe.objective.kind != "sft":
+        yield from pair_items(records, tokenizer, recipe.seq_len, bad, style)
+        return
+    notes: Counter[str] = Counter()
+    yield from conversation_items(records, tokenizer, recipe.seq_len, bad, style, notes)
+    if notes:
+        console().print(", ".join(f"{what}: {n}" for what, n in sorted(notes.items())), style="yellow", markup=False)

@@ -20,7 +20,7 @@ count for each distinct n-gram.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -99,6 +99,21 @@ class KneserNey:
         windows[:, self.order - 1 - len(known) : -1] = known
         windows[:, -1] = np.arange(self.vocab_size)
         return self._probs(windows)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fitted model as named arrays; ``from_arrays`` reads them back."""
+        shape = np.array([self.order, self.vocab_size], np.int64)
+        tables = {f"{n}.{name}": np.asarray(v) for n, t in enumerate(self.tables) for name, v in asdict(t).items()}
+        return {"shape": shape, **tables}
+
+    @staticmethod
+    def from_arrays(arrays: dict[str, np.ndarray]) -> KneserNey:
+        model = KneserNey(int(arrays["shape"][0]))
+        model.vocab_size = int(arrays["shape"][1])
+        for n in range(model.order):
+            parts = {name: arrays[f"{n}.{name}"] for name in _Table.__dataclass_fields__}
+            model.tables.append(_Table(**{**parts, "discount": float(parts["discount"])}))
+        return model
 
     def _windows(self, token_docs: Iterable[np.ndarray]) -> np.ndarray:
         """(N, order): each target with the tokens before it, NONE where the document had not begun."""
