@@ -122,7 +122,7 @@ def _generation(given: dict, tokenizer_dir: Path, cfg: ModelConfig) -> dict:
     if given.get("eos_token_id") in (None, []):
         own = Tokenizer.load(tokenizer_dir)
         given = (
-            {"bos_token_id": own.eos_id, "pad_token_id": own.pad_id} | given | {"eos_token_id": sorted(own.stop_ids)}
+            {"bos_token_id": own.bos_id, "pad_token_id": own.pad_id} | given | {"eos_token_id": sorted(own.stop_ids)}
         )
     eos = given["eos_token_id"]
     out = given | {"eos_token_id": [eos] if isinstance(eos, int) else list(eos)}
@@ -140,7 +140,8 @@ def _check_tokenizer(folder: Path, cfg: ModelConfig) -> None:
                 f"{folder / name}: no such file; an export needs the tokenizer that the model was trained with"
             )
     tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = [*tokens["model"]["vocab"].values(), *(added["id"] for added in tokens["added_tokens"])]
+    vocab = tokens["model"]["vocab"]  # a list of pieces with scores where the model is Unigram
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *(added["id"] for added in tokens["added_tokens"])]
     if (largest := max(ids)) >= cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has id {largest}, the model a vocabulary of {cfg.vocab_size}")
 

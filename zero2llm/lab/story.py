@@ -57,7 +57,7 @@ def judge_base(run: Journal) -> dict[str, Any]:
     seen = documents_of(next(stream) for _ in range(recipe.fit.steps))
     lengths = torch.tensor(engine.tokenizer.byte_lengths())
     marks = ngram_marks(seen, documents_of(sets.valid()), engine.tokenizer.vocab_size, lengths)
-    prompts = [[engine.tokenizer.eos_id, *engine.tokenizer.encode(p)] for p in SHOWN]
+    prompts = [[engine.tokenizer.bos_id, *engine.tokenizer.encode(p)] for p in SHOWN]
     texts = engine.generate(prompts, Sampling(max_tokens=60, temperature=0.8, top_p=0.95, seed=1))
     continued = [{"prompt": p, "text": t.text} for p, t in zip(SHOWN, texts, strict=True)]
     return {"marks": marks, "rates": _rates(engine, run), "samples": _samples(engine, run), "continued": continued}

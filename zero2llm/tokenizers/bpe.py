@@ -3,7 +3,8 @@
     start from single bytes; again and again join the most frequent neighbouring pair into a new token
 
 Source: BPE 1508.07909 algorithm 1; on bytes, GPT-2. Ties go to the pair with the lowest ids, as in the tokenizers
-library. `train_simple` is the whole idea; `train_bpe` gives the same merges without counting everything again.
+library. `train_simple` is the whole idea (spelled out in ladder.py); `train_bpe` gives the same merges without counting
+everything again.
 """
 
 from __future__ import annotations
@@ -14,37 +15,12 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from zero2llm.tokenizers.bytes import alphabet, splitter
-
-Pair = tuple[bytes, bytes]
+from zero2llm.tokenizers.ladder import Pair, SmallBPE, join, single_bytes
 
 
 def train_simple(texts: Iterable[str], n_merges: int, split: str = "qwen2") -> list[Pair]:
     """The textbook form: count all pairs, join the best, repeat. O(text) per merge; the reference of `train_bpe`."""
-    words = [[bytes([b]) for b in piece.encode()] for text in texts for piece in splitter(split).findall(text)]
-    rank = {token: i for i, token in enumerate(alphabet())}
-    merges: list[Pair] = []
-    while len(merges) < n_merges:
-        counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
-        if not counts:
-            break
-        a, b = max(counts, key=lambda pair: (counts[pair], -rank[pair[0]], -rank[pair[1]]))
-        rank.setdefault(a + b, len(rank))
-        merges.append((a, b))
-        words = [join(word, a, b) for word in words]
-    return merges
-
-
-def join(word: list[bytes], a: bytes, b: bytes) -> list[bytes]:
-    """Replace each neighbouring a, b by a + b, from left to right."""
-    out, i = [], 0
-    while i < len(word):
-        if word[i] == a and word[i + 1 : i + 2] == [b]:
-            out.append(a + b)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
+    return SmallBPE.train(texts, n_merges, split).merges
 
 
 def count_pieces(texts: Iterable[str], split: str) -> Counter[str]:
@@ -65,7 +41,9 @@ def train_bpe(
     counts replace the recount. Pairs are packed into one integer (a << 20 | b). Heap entries may be stale; a popped
     one whose count has fallen goes back with the true count.
     """
-    words, freqs, where, counts = _index(texts, split)
+    ids = {token[0]: i for i, token in enumerate(alphabet())}
+    pieces = count_pieces(texts, split).items()
+    words, freqs, where, counts = index_pairs(([ids[b] for b in piece.encode()], n) for piece, n in pieces)
     tokens = list(alphabet())
     heap = [(-n, pair) for pair, n in counts.items()]
     heapq.heapify(heap)
@@ -81,22 +59,23 @@ def train_bpe(
         a, b = pair >> 20, pair & 0xFFFFF
         merges.append((tokens[a], tokens[b]))
         tokens.append(tokens[a] + tokens[b])
-        for changed in _merge(a, b, len(tokens) - 1, words, freqs, where, counts):
+        for changed in merge_pair(a, b, len(tokens) - 1, words, freqs, where, counts):
             heapq.heappush(heap, (-counts[changed], changed))
         if progress:
             progress(len(merges), n_merges)
     return merges
 
 
-def _index(texts: Iterable[str], split: str) -> tuple[list[list[int]], list[int], dict[int, list[int]], dict[int, int]]:
-    """Different pieces as lists of ids, how often each occurs, which pieces hold a pair, and how often it occurs."""
-    ids = {token[0]: i for i, token in enumerate(alphabet())}
+Index = tuple[list[list[int]], list[int], dict[int, list[int]], dict[int, int]]
+
+
+def index_pairs(pieces: Iterable[tuple[list[int], int]]) -> Index:
+    """Pieces of more than one token, how often each occurs, which pieces hold a pair, and how often that occurs."""
     words: list[list[int]] = []
     freqs: list[int] = []
     where: defaultdict[int, list[int]] = defaultdict(list)
     counts: defaultdict[int, int] = defaultdict(int)
-    for piece, n in count_pieces(texts, split).items():
-        word = [ids[b] for b in piece.encode()]
+    for word, n in pieces:
         pairs = [a << 20 | b for a, b in zip(word, word[1:], strict=False)]
         for pair in pairs:
             counts[pair] += n
@@ -108,7 +87,7 @@ def _index(texts: Iterable[str], split: str) -> tuple[list[list[int]], list[int]
     return words, freqs, where, counts
 
 
-def _merge(a: int, b: int, new: int, words: list, freqs: list, where: dict, counts: dict) -> set[int]:
+def merge_pair(a: int, b: int, new: int, words: list, freqs: list, where: dict, counts: dict) -> set[int]:
     """Join a, b in every piece that holds them; returns the pairs whose counts grew."""
     pair, grown = a << 20 | b, set()
     for index in where.pop(pair):
@@ -155,7 +134,7 @@ class BPE:
         self.encode_piece = lru_cache(maxsize=100_000)(self._encode_piece)
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
-        word = [bytes([b]) for b in piece.encode()]
+        word = single_bytes(piece)
         while len(word) > 1:
             best = min(zip(word, word[1:], strict=False), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if best not in self.ranks:

@@ -9,10 +9,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from zero2llm.tokenizers.bpe import Pair
 from zero2llm.tokenizers.bytes import SPLITS, alphabet, from_chars, splitter, to_chars
+from zero2llm.tokenizers.nature import Nature
 from zero2llm.tokenizers.special import SPECIALS
 
 
-def _shell(model: models.Model, split: str) -> Tokenizer:
+def shell(model: models.Model, split: str) -> Tokenizer:
+    """A byte-level tokenizer around a model. Raises ValueError for an unknown split rule."""
     splitter(split)  # refuses an unknown name
     tokenizer = Tokenizer(model)
     cut = pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")
@@ -28,14 +30,14 @@ def assemble(merges: Sequence[Pair], split: str, specials: Sequence[str] = SPECI
     tokens = dict.fromkeys([*map(to_chars, alphabet()), *(to_chars(a + b) for a, b in merges)])
     vocab = {token: i for i, token in enumerate([*specials, *tokens])}
     pairs = [(to_chars(a), to_chars(b)) for a, b in merges]
-    tokenizer = _shell(models.BPE(vocab=vocab, merges=pairs), split)
+    tokenizer = shell(models.BPE(vocab=vocab, merges=pairs), split)
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
     return tokenizer
 
 
 def train_library(texts: Iterable[str], vocab_size: int, split: str) -> list[Pair]:
     """Merges learned by the library: the same rule in Rust, for corpora of gigabytes."""
-    tokenizer = _shell(models.BPE(), split)
+    tokenizer = shell(models.BPE(), split)
     characters = [to_chars(b) for b in alphabet()]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIALS), initial_alphabet=characters, show_progress=False
@@ -48,12 +50,37 @@ def merges_of(tokenizer: Tokenizer) -> list[Pair]:
     """The merges in a library tokenizer. Raises ValueError if it is no byte-level BPE."""
     model = json.loads(tokenizer.to_str())["model"]
     if model.get("type") != "BPE":
-        raise ValueError(f"the tokenizer's model is {model.get('type')!r}; byte-level BPE is what this version reads")
+        raise ValueError(f"the tokenizer's model is {model.get('type')!r}, which has no merges; byte-level BPE has")
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     return [(from_chars(a), from_chars(b)) for a, b in pairs]
 
 
-def split_of(tokenizer: Tokenizer) -> str | None:
-    """The name of its split rule, None if it is none of ours."""
-    text = json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
-    return next((name for name, rule in SPLITS.items() if json.dumps(rule)[1:-1] in text), None)
+def is_own(tokenizer: Tokenizer, nature: Nature) -> bool:
+    """Whether it is a byte-level BPE of ours: control tokens first, then bytes and merges, then what was added later.
+
+    Raises ValueError if it would be one but is damaged.
+    """
+    first = [tokenizer.token_to_id(s) for s in SPECIALS]
+    if first != [0, 1, 2, 3] or (nature.model, nature.form) != ("BPE", "bytes") or nature.loss:
+        return False
+    vocab = tokenizer.get_vocab()
+    made = len({*alphabet(), *(a + b for a, b in merges_of(tokenizer))}) + len(tokenizer.get_added_tokens_decoder())
+    if sorted(vocab.values()) != list(range(len(vocab))) or made != len(vocab):
+        raise ValueError(
+            f"the tokenizer has {len(vocab)} entries, but control tokens, bytes and merges make {made}, or its "
+            "ids have a hole: the file is damaged"
+        )
+    return True
+
+
+def with_tokens(tokenizer: Tokenizer, names: Sequence[str], special: bool) -> Tokenizer:
+    """A copy with more tokens behind the last. Raises ValueError if one is empty, given twice or there already."""
+    known = tokenizer.get_vocab()
+    for i, name in enumerate(names):
+        if not name or name in known or name in names[:i]:
+            raise ValueError(f"token {name!r} is {'empty' if not name else 'there already' if name in known else 'given twice'}")
+    twin, first = Tokenizer.from_str(tokenizer.to_str()), 1 + max(known.values())
+    twin.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
+    if [twin.token_to_id(name) for name in names] != list(range(first, first + len(names))):
+        raise ValueError("the vocabulary's ids have holes, so new tokens cannot be put at its end")
+    return twin

@@ -1,0 +1,179 @@
+"""Planted bugs in WordPiece and Unigram: each must be caught, and by whom is part of the claim.
+
+A bug is one line of the page, written otherwise. A cut that is merely not the best, or a trainer that merely learns something
+else, still gives the text back, so round trips see little: the enumeration of all cuts and the trainer in loops do.
+"""
+
+import inspect
+import textwrap
+
+import pytest
+
+from tests.golden import test_unigram as uni
+from tests.golden import test_wordpiece as wp
+from zero2llm.tokenizers import bert_words, lattice, lattice_batch, unigram, unigram_seed, unigram_train, wordpiece
+
+
+def change(patch, owner, name, right, wrong, also=()):
+    """Plant ``wrong`` for ``right`` in the source of ``owner.name``; the same object under that name in ``also``."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(right) == 1, f"{name} no longer holds {right!r} once"
+    space = vars(inspect.getmodule(getattr(owner, name))).copy()
+    exec(compile("from __future__ import annotations\n" + source.replace(right, wrong), name, "exec"), space)
+    for place in (owner, *also):
+        patch.setattr(place, name, space[name])
+
+
+# The checks. Each raises AssertionError.
+
+
+def counting_again():
+    for score in wordpiece.SCORES:
+        for min_count in (1, 2):
+            wp.test_training_equals_counting_everything_again(score, min_count)
+
+
+def likelihood_of_the_corpus():
+    for a, b in [("h", "##u"), ("t", "##h")]:
+        wp.test_likelihood_score_is_what_the_corpus_gains(a, b)
+
+
+def first_merges():
+    wp.test_first_merges_by_hand()
+
+
+def longest_first():
+    wp.test_the_longest_piece_wins_even_where_a_shorter_one_would_cover_the_word()
+    wp.test_long_words_are_unknown()
+
+
+def words_and_text():
+    wp.test_words()
+    wp.test_decoding_joins_words_and_cannot_give_the_text_back()
+
+
+def alphabet():
+    wp.test_alphabet_limit_leaves_out_words_that_would_be_unknown()
+
+
+def all_cuts():
+    for word in uni.WORDS:
+        uni.test_viterbi_finds_the_best_of_all_cuts(word)
+        uni.test_forward_sums_all_cuts(word, 0.4)
+        uni.test_expected_counts_are_averages_over_all_cuts(word)
+
+
+def any_pieces():
+    uni.test_viterbi_with_any_pieces()
+
+
+def draws():
+    uni.test_cuts_are_drawn_with_their_probability(0.3)
+
+
+def ties():
+    uni.test_equal_cuts_end_with_the_longest_piece()
+
+
+def round_trip():
+    for split in ("qwen2", "space", "none"):
+        uni.test_any_text_comes_back.hypothesis.inner_test("the 中国鸠 a\n\n ab", split, True)
+
+
+def unknown():
+    uni.test_unknown_characters()
+    uni.test_names_of_control_pieces_are_text_where_text_spells_them()
+
+
+def batched():
+    uni.test_batched_passes_equal_the_lattice()
+    uni.test_a_word_that_may_not_be_itself_is_cut_otherwise_or_not_at_all()
+
+
+def seeds():
+    uni.test_seed_pieces_are_the_repeated_substrings()
+
+
+def edges():
+    uni.test_edges_lead_to_their_pieces_before_and_after_pruning()
+
+
+def em_by_hand():
+    uni.test_em_step_by_hand()
+
+
+def losses_by_hand():
+    uni.test_losses_by_hand()
+
+
+WORDPIECE = [counting_again, likelihood_of_the_corpus, first_merges, longest_first, words_and_text, alphabet]
+UNIGRAM = [all_cuts, any_pieces, draws, ties, round_trip, unknown, batched, seeds, edges, em_by_hand, losses_by_hand]
+
+
+def caught_by(checks):
+    found = set()
+    for check in checks:
+        try:
+            check()
+        except (AssertionError, IndexError, KeyError, ValueError):
+            found.add(check.__name__)
+    return found
+
+
+W, P = wordpiece.WordPiece, wordpiece
+BUGS = {  # name -> (checks that must catch it, where, function, the line as it is, the line with the bug)
+    "the shortest piece first": ("longest_first", W, "_encode_word", "range(min(len(word), begin + self.longest), begin, -1)", "range(begin + 1, min(len(word), begin + self.longest) + 1)"),
+    "a piece inside a word without its mark": ("longest_first", W, "_encode_word", "INSIDE if begin else", '"" if begin else'),
+    "what was found before the unknown rest stays": ("longest_first", W, "_encode_word", "(self.ids[UNKNOWN],)", "(*ids, self.ids[UNKNOWN])"),
+    "the longest word is already too long": ("longest_first", W, "_encode_word", "len(word) <= self.max_word", "len(word) < self.max_word"),
+    "the mark stays in a merged piece": ("counting_again first_merges", P, "train_wordpiece", "vocab[b].removeprefix(INSIDE)", "vocab[b]", wp),
+    "a merge leaves its parts as frequent as they were": ("counting_again", P, "best_pairs", "unit[a] -= joined", "pass"),
+    "a merge leaves the corpus as long as it was": ("counting_again", P, "best_pairs", "total -= joined", "pass"),
+    "a word that holds the pair twice counts once": ("counting_again", P, "best_pairs", "sum(words[i].count(new) * freqs[i] for i in touched)", "sum(freqs[i] for i in touched)"),
+    "pairs that became better are forgotten": ("counting_again", P, "best_pairs", "changed |= near.pop(a, set()) | near.pop(b, set())", "pass"),
+    "a stale promise is believed": ("counting_again", P, "_pop", "-promised <= (now := value(pair))", "(now := value(pair)) > -1e9"),
+    "rare pairs are joined too": ("counting_again", P, "best_pairs", "lambda p: counts[p] >= min_count", "lambda p: counts[p] > 0"),
+    "the gain without the shorter corpus": ("likelihood_of_the_corpus", P, "likelihood_gain", "- f(total - n) + f(total)", ""),
+    "rare characters stay in training": ("alphabet", P, "train_wordpiece", "for word, n in words.items() if chars.issuperset(word)}", "for word, n in words.items()}", wp),
+    "Chinese words are not taken apart": ("words_and_text", bert_words, "_clean", 'f" {char} " if is_chinese(char) else char', "char"),
+    "only Unicode's punctuation": ("words_and_text", bert_words, "is_punctuation", ' or char in "$+<=>^`|~"', ""),
+    "accents stay in lower case": ("words_and_text", bert_words.BertWords, "normalise", "self.lower if self.strip_accents is None else self.strip_accents", "self.strip_accents"),
+}  # fmt: skip
+U, S, T, L, B = unigram.Unigram, unigram_seed, unigram_train, lattice, lattice_batch
+MORE_BUGS = {
+    "of equal cuts the last": ("ties", L, "best_cut", "best[b] + s > score", "best[b] + s >= score", unigram),
+    "scores of the last step only": ("any_pieces", L, "best_cut", "score, begin, piece = best[b] + s, b, p", "score, begin, piece = s, b, p", unigram),
+    "the temperature is forgotten": ("all_cuts draws", L, "log_sums", "theta * score", "score"),
+    "counts of all cuts, not of the average cut": ("all_cuts em_by_hand", L, "expected_counts", " - before[-1])", ")"),
+    "a draw looks only at the last piece": ("draws", L, "drawn_cut", "exp(sums[begin] + theta * score - sums[end])", "exp(theta * score)", unigram),
+    "an unknown character costs no more than the worst piece": ("unknown", U, "__init__", "default=0.0) - PENALTY", "default=0.0)"),
+    "control pieces are found in text": ("unknown", U, "__init__", "if piece not in control}", "}"),
+    "bytes in the wrong order": ("round_trip unknown", U, "to_ids", "word[begin:end].encode()", "word[begin:end].encode()[::-1]"),
+    "the blank put in front comes back": ("round_trip", U, "decode", 'text.removeprefix(" ") if self.prefix else text', "text"),
+    "the last piece of a word does not count": ("batched em_by_hand losses_by_hand", B, "backward", "t + sizes <= words.length[:n, None]", "t + sizes < words.length[:n, None]"),
+    "words weigh the same however often they occur": ("batched em_by_hand", B, "expected_counts", "* weight[w]", "", T),
+    "a piece may stand for itself": ("losses_by_hand", T, "losses", "whole=False", "whole=True"),
+    "the sum of counts stays when a piece goes": ("losses_by_hand", T, "losses", "np.log(total + freq * (n_other - 1))", "np.log(total)"),
+    "a piece's uses do not go to its parts": ("losses_by_hand", T, "losses", "np.log(freq[other] + freq[of])", "np.log(freq[other] + 1e-9)"),
+    "the least missed pieces stay": ("losses_by_hand", T, "prune", "np.argsort(-loss,", "np.argsort(loss,"),
+    "pieces keep their old numbers in the lattice": ("edges losses_by_hand", S.State, "keep", "number[self.edge]", "self.edge"),
+    "counts of different words, not of all": ("seeds", S, "seed", "np.repeat(weight, size)", "np.ones(len(text))"),
+    "long repeats leave all their parts": ("seeds", S, "substrings", "range(1, longest + 2)", "range(1, longest + 1)"),
+    "seeds that a longer one always contains": ("seeds", S, "seed", "& ~covered ", ""),
+    "seeds reach into the next word": ("seeds edges", S, "substrings", "& (left[here] > size)", "& (here + size < len(text))"),
+    "maximum likelihood instead of digamma": ("em_by_hand", T, "em_step", "digamma(np.maximum(counts, MIN_COUNT)) - digamma(", "np.log(np.maximum(counts, MIN_COUNT)) - np.log("),
+    "rare characters vanish": ("em_by_hand", T, "em_step", "stay[: state.n_chars] = True", "pass"),
+}  # fmt: skip
+
+
+
+def test_without_a_bug_every_check_holds():
+    assert caught_by([*WORDPIECE, *UNIGRAM]) == set()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bug", [*BUGS, *MORE_BUGS])
+def test_a_planted_bug_is_caught(bug, monkeypatch):
+    by, where, name, right, wrong, *also = (BUGS | MORE_BUGS)[bug]
+    change(monkeypatch, where, name, right, wrong, also)
+    assert caught_by([check for check in [*WORDPIECE, *UNIGRAM] if check.__name__ in by.split()]) == set(by.split())

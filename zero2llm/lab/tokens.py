@@ -1,0 +1,98 @@
+"""The work of `zero2llm tokenizer train | encode | add`, and how all its verbs open a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from zero2llm.core.config import to_dict
+from zero2llm.core.files import hashes, new_folder, save_tensors
+from zero2llm.core.log import console
+from zero2llm.data.sources import BadRecords, documents
+from zero2llm.lab.talk import find_checkpoint
+from zero2llm.model.resize import resized
+from zero2llm.tokenizers.exports import write_ranks
+from zero2llm.tokenizers.tokenizer import Tokenizer
+from zero2llm.train.checkpoint import FORMAT
+
+SHADES = ("on grey23", "on dark_blue", "on dark_green", "on dark_magenta")  # neighbours differ
+
+
+def open_tokenizer(path: str | Path, split: str | None = None, eos: str | None = None) -> Tokenizer:
+    """A tokenizer in any form that can be read, or that of a checkpoint. Raises ValueError if there is none."""
+    path = Path(path)
+    return Tokenizer.load(path / "tokenizer" if (path / "tokenizer").is_dir() else path, split, eos)
+
+
+def train_tokenizer(
+    files: list[str], out: Path, vocab_size: int, split: str, engine: str, field: str, overwrite: bool, kind: str = "bpe"
+) -> None:
+    """Train on the documents of ``files`` and write a folder that transformers opens too."""
+    with new_folder(out, overwrite) as part:
+        texts = list(documents(files, field=field, bad=BadRecords(skip=False)))
+        tokenizer = Tokenizer.train(texts, vocab_size, split=split, engine=engine, kind=kind)
+        tokenizer.save(part)
+    n_bytes, sample = sum(len(t.encode()) for t in texts[:500]), tokenizer.encode_batch(texts[:500])
+    ratio = n_bytes / max(sum(map(len, sample)), 1)
+    console().print(
+        f"{out}: {tokenizer.vocab_size} tokens, {ratio:.2f} bytes per token on the first documents", markup=False
+    )
+    if tokenizer.loss:
+        console().print(f"note: a text may not come back: {tokenizer.loss}", style="yellow", markup=False)
+
+
+def show_tokens(path: Path, text: str, split: str | None = None, eos: str | None = None) -> None:
+    """The text cut into its tokens, then each one: id, readable form, bytes."""
+    tokenizer = open_tokenizer(path, split, eos)
+    ids = tokenizer.encode(text)
+    cut = Text()
+    for place, i in enumerate(ids):
+        cut.append(tokenizer.show(i), style=SHADES[place % len(SHADES)])
+    table = Table("id", "token", "bytes")
+    for i in ids:
+        table.add_row(str(i), Text(tokenizer.show(i)), tokenizer.token_bytes(i).hex(" "))
+    console().print(cut)
+    console().print(table)
+    n = len(text.encode())
+    console().print(f"{len(ids)} tokens, {n} bytes: {n / max(len(ids), 1):.2f} bytes per token")
+    if tokenizer.decode(ids) != text:
+        console().print(f"note: it comes back as {tokenizer.decode(ids)!r}: {tokenizer.loss}", style="yellow", markup=False)
+
+
+def add_tokens(checkpoint: Path, names: list[str], out: Path, special: bool, overwrite: bool) -> None:
+    """A checkpoint whose model knows more tokens: everything so far stays, the new rows are the mean of the old ones."""
+    source = find_checkpoint(checkpoint)
+    old, model = Tokenizer.load(source.tokenizer_dir), source.load_model()
+    new = old.add_tokens(names, special)
+    size = max(model.cfg.vocab_size, new.vocab_size)
+    model = resized(model, old.vocab_size, size)
+    with new_folder(out, overwrite) as part:
+        save_tensors(model.state_dict(), part / "model")
+        (part / "config.json").write_text(json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8")
+        new.save(part / "tokenizer")
+        manifest = {"format": FORMAT, "step": source.step, "tokens": source.manifest["tokens"], "parent": str(source.path), "metrics": {}}
+        (part / "manifest.json").write_text(json.dumps(manifest | {"sha256": hashes(part)}, indent=1), "utf-8")
+    first = old.vocab_size
+    console().print(f"wrote {out}: {len(names)} tokens, ids {first} to {new.vocab_size - 1}, a vocabulary of {size}", markup=False)
+    console().print("train it on text that holds them: until then they mean nothing to the model", style="dim", markup=False)
+
+
+def convert_tokenizer(path: Path, out: Path, to: str, split: str | None, eos: str | None, overwrite: bool) -> None:
+    """Write it as a folder that transformers opens, or as tiktoken's ranks. Raises ValueError if that cannot say the same."""
+    tokenizer = open_tokenizer(path, split, eos)
+    if to == "hf":
+        with new_folder(out, overwrite) as part:
+            tokenizer.save(part)
+    else:
+        if out.exists() and not overwrite:
+            raise ValueError(f"{out} already exists; choose another place or pass --overwrite")
+        about = write_ranks(out, tokenizer.library)
+        console().print(f"tiktoken.Encoding also needs pat_str={about['pat_str']!r}", markup=False)
+        console().print(f"and special_tokens={about['special_tokens']!r}", markup=False)
+    console().print(f"wrote {out}: {tokenizer.vocab_size} tokens, split rule {tokenizer.split or 'custom'}", markup=False)
+    if tokenizer.split is None and tokenizer.nature.form == "bytes":
+        console().print("note: llama.cpp knows split rules by name, and this one is none of ours (gpt2, llama3, qwen2); "
+                        "a GGUF export will need its name", style="yellow", markup=False)  # fmt: skip
