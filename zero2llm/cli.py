@@ -8,6 +8,9 @@ from pathlib import Path
 
 import click
 
+from zero2llm.cli_data import data
+from zero2llm.cli_tokenizer import tokenizer
+
 HELP = {"context_settings": {"help_option_names": ["-h", "--help"], "show_default": True}}
 PATH = click.Path(path_type=Path)
 
@@ -181,48 +184,25 @@ def presets(name: str | None) -> None:
 
 
 @app.command(**HELP)
+@click.option("--data", "of_data", is_flag=True, help="Of data recipes (`zero2llm data run`) instead of training recipes.")
 @click.option("--out", type=PATH, help="File to write; default: print.")
-def schema(out: Path | None) -> None:
+def schema(of_data: bool, out: Path | None) -> None:
     """The JSON schema of recipes, for editors that complete and check YAML."""
+    from zero2llm.core.config import json_schema
     from zero2llm.core.files import write_atomic
+    from zero2llm.data.pipeline.recipe import DataRecipe
     from zero2llm.lab.recipe import recipe_schema
 
+    text = json_schema(DataRecipe) if of_data else recipe_schema()
     if out is None:
-        click.echo(recipe_schema())
+        click.echo(text)
     else:
-        write_atomic(out, recipe_schema() + "\n")
+        write_atomic(out, text + "\n")
         click.echo(f"wrote {out}")
 
 
-@app.group(**HELP)
-def tokenizer() -> None:
-    """Train a tokenizer, or see what one does to a text."""
-
-
-@tokenizer.command("train", **HELP)
-@click.argument("files", nargs=-1, required=True, metavar="FILES...")
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
-@click.option("--vocab-size", default=4096, help="Entries, special tokens included.")
-@click.option("--split", default="qwen2", help="How text is cut before merging: qwen2, llama3 or gpt2.")
-@click.option("--engine", default="handwritten", help="handwritten (pure Python) or library (tokenizers, for large text).")
-@click.option("--field", default="text", help="Field of JSON records that holds the text.")
-@overwrite
-def tokenizer_train(files: tuple[str, ...], out: Path, vocab_size: int, split: str, engine: str, field: str,
-                    overwrite: bool) -> None:  # fmt: skip
-    """Train a byte-level BPE tokenizer on text files, folders, globs, or 'embedded'."""
-    from zero2llm.lab.look import train_tokenizer
-
-    train_tokenizer(list(files), out, vocab_size, split, engine, field, overwrite)
-
-
-@tokenizer.command("encode", **HELP)
-@click.argument("folder", type=PATH, metavar="TOKENIZER")
-@click.argument("text")
-def tokenizer_encode(folder: Path, text: str) -> None:
-    """Show the tokens of TEXT: id, readable form, bytes. TOKENIZER is a folder or a checkpoint."""
-    from zero2llm.lab.look import show_tokens
-
-    show_tokens(folder, text)
+app.add_command(data)
+app.add_command(tokenizer)
 
 
 def main() -> None:

@@ -13,7 +13,9 @@ import torch
 
 from tests.contract.stages import recipe, write_data, write_recipe
 from zero2llm import cli
+from zero2llm.core.config import json_schema
 from zero2llm.core.files import new_folder
+from zero2llm.data.pipeline.recipe import DataRecipe, load_data_recipe
 from zero2llm.lab.recipe import load_recipe, make_recipe, recipe_schema
 from zero2llm.lab.stage import run_stage
 
@@ -138,7 +140,11 @@ def test_schema_covers_every_field_and_accepts_the_shipped_recipes():
     assert "preset" in schema["$defs"]["ModelConfig"]["properties"]
     folder = os.path.join(os.path.dirname(cli.__file__), "recipes")
     for name in sorted(os.listdir(folder)):
-        load_recipe(os.path.join(folder, name))
+        if name.endswith(".yaml"):
+            load_recipe(os.path.join(folder, name))
+    for name in sorted(os.listdir(os.path.join(folder, "data"))):
+        load_data_recipe(os.path.join(folder, "data", name))
+    assert {"sources", "steps", "splits"} <= set(json.loads(json_schema(DataRecipe))["properties"])
 
 
 def test_every_configuration_field_is_read():
@@ -169,4 +175,5 @@ def test_every_configuration_field_is_read():
                     visit(hint)
 
     visit(Recipe)
+    visit(DataRecipe)
     assert len(seen) > 15

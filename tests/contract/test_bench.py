@@ -49,3 +49,16 @@ def test_time_to_loss_with_the_embedded_text(tmp_path):
 def test_mixers_state_what_they_cost():
     table = run("mixers.py", "--mixers", "retnet", "--d", "32", "--heads", "2")
     assert "| retnet |" in table and "predicted" not in table
+
+
+def test_data_dedup():
+    pytest.importorskip("datasketch")
+    assert "failed" not in run("data.py", "--rounds", "2")
+
+
+def test_loader():
+    assert "| rows, StoredRows |" in run("loader.py")
+
+
+def test_reading_large_files():
+    assert "jsonl" in run("read_large.py")
