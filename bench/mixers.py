@@ -2,10 +2,10 @@
 much the training form gains over the step form, and whether the decoding state has the size that model/cost.py says.
 
     python bench/mixers.py                        all mixers, one layer of d = 256, batch 1, forward and backward
-    python bench/mixers.py --mixers gqa,kda
+    python bench/mixers.py --mixers gqa,kda --lengths 4096,8192
 
-Milliseconds are medians over interleaved rounds (each round visits every mixer at every length). `x2` = time at 4,096
-tokens / time at 2,048: 2 is linear, 4 quadratic. `beats mha from` = the shortest measured length at which the mixer is
+Milliseconds are medians over interleaved rounds (each round visits every mixer at every length). `x2` = time at the longest
+length / time at the one before it (4,096 / 2,048): 2 is linear, 4 quadratic. `beats mha from` = the shortest measured length at which the mixer is
 faster than full multi-head attention of the same width in that run. `steps / whole` = time of 1,024 one-token steps
 through the decoding state / time of one call with 1,024 tokens, both without gradient.
 """
@@ -72,6 +72,7 @@ def step_ratio(module, d: int, steps: int) -> float:
 def main() -> None:
     p = parser(__doc__, rounds=5)
     p.add_argument("--mixers", default="all")
+    p.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="rising")
     p.add_argument("--d", type=int, default=256)
     p.add_argument("--heads", type=int, default=4)
     args = p.parse_args()
@@ -83,7 +84,7 @@ def main() -> None:
     keep_memory()  # as the training loop does
     torch.set_num_threads(args.threads)
     names = list(MIXERS) if args.mixers == "all" else ["mha", *(n for n in args.mixers.split(",") if n != "mha")]
-    lengths, steps = (LENGTHS, STEPS) if not args.smoke else ((32, 64), 16)
+    lengths, steps = (tuple(map(int, args.lengths.split(","))), STEPS) if not args.smoke else ((32, 64), 16)
     found = {name: {length: [] for length in lengths} for name in names}
     extra: dict[str, dict] = {}
     for name in names:
