@@ -257,3 +257,8 @@ def test_records_say_where_they_stand(tmp_path):
     file = write(tmp_path / "a.jsonl", "\n" + LINES)
     assert [r.line for r in read_records([file], BadRecords())] == [2, 3, 4]
     assert as_conversation({"prompt": "第一", "response": "第二"}) == [U("第一"), A("第二")]
+
+
+def test_built_in_texts_have_the_same_name_on_every_machine():
+    first = next(read_records(["embedded:zh_poetry_small"], BadRecords()))
+    assert (first.file, first.line) == ("embedded:zh_poetry_small", 1)

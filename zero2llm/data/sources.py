@@ -12,7 +12,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from zero2llm.data.readers.archive import walk_tar, zip_entries
 from zero2llm.data.readers.kinds import LINES, hidden, kind_of, known, readable
 from zero2llm.data.readers.lines import cuts
 from zero2llm.data.readers.reading import read
+from zero2llm.data.readers.record import EMBEDDED as FOLDER
 from zero2llm.data.readers.record import BadRecords, Record, Source, Unit
 from zero2llm.data.readers.tables import row_groups
 from zero2llm.data.readers.values import half_character
@@ -61,8 +61,7 @@ def expand(paths: Sequence[str]) -> list[Path | str]:
 def _embedded(name: str) -> list[Path]:
     if name and name not in EMBEDDED:
         raise ValueError(f"embedded:{name} does not exist; there are: {', '.join(EMBEDDED)}")
-    folder = Path(str(resources.files("zero2llm") / "data" / "embedded"))
-    return [folder / f"{n}.jsonl.xz" for n in ([name] if name else EMBEDDED)]
+    return [FOLDER / f"{n}.jsonl.xz" for n in ([name] if name else EMBEDDED)]
 
 
 def units(source: Source | Sequence[str], target_bytes: int = 32 << 20) -> list[Unit]:

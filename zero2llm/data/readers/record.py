@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from zero2llm.core.config import config
 
+EMBEDDED = Path(__file__).parent.parent / "embedded"  # texts that come with the package
 LISTED = 1_000  # bad records that are described; the rest are counted
 REASON = 500  # characters of one description
 
@@ -75,7 +77,9 @@ class Unit:
 
     @property
     def place(self) -> str:
-        """How messages name it."""
+        """How messages and results name it: nothing in them depends on where this package lies."""
+        if Path(self.file).parent == EMBEDDED:
+            return f"embedded:{Path(self.file).name.partition('.')[0]}"
         return f"{self.file}!{self.member}" if self.member else self.file
 
 
