@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zero2llm.core.files import load_tensors, new_folder, read_json, save_tensors
+from zero2llm.core.files import new_folder, read_json, save_tensors
+from zero2llm.core.lazy import lazy, open_tensors
 from zero2llm.core.seq import Seq
+from zero2llm.interop.foreign import check_names, plan
 from zero2llm.interop.hf_config import family, from_hf_config, to_hf_config
 from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
@@ -29,7 +31,6 @@ GENERATION_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty", "max_length", "max_new_tokens",
 }  # fmt: skip
-OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")
 
 
 def to_hf_tensors(state: dict[str, Tensor], cfg: ModelConfig, model_type: str | None = None) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def to_hf_tensors(state: dict[str, Tensor], cfg: ModelConfig, model_type: str | 
     Raises ValueError listing tensors that are missing or too many.
     """
     rules = family(cfg, model_type).rules(cfg)
-    _check_names([name for rule in rules for name in rule.ours], state, "model state")
+    check_names([name for rule in rules for name in rule.ours], state, "model state")
     return {
         name: tensor
         for rule in rules
@@ -49,39 +50,9 @@ def to_hf_tensors(state: dict[str, Tensor], cfg: ModelConfig, model_type: str | 
 
 
 def from_hf_tensors(tensors: dict[str, Tensor], cfg: ModelConfig, model_type: str | None = None) -> dict[str, Tensor]:
-    """The inverse of `to_hf_tensors`. Buffers of old files (causal masks, inverse frequencies) are passed over.
-
-    Raises ValueError listing tensors that are missing, too many or mis-shaped, or a head that is tied but differs.
-    """
-    page = family(cfg, model_type)
-    rules = page.rules(cfg)
-    tensors = page.clean({name: t for name, t in tensors.items() if not name.endswith(OLD_BUFFERS)}, cfg)
-    if cfg.tie_embeddings:
-        embedding = rules[0].theirs[0]
-        head = tensors.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, tensors.get(embedding, head)):
-            raise ValueError(f"lm_head.weight differs from {embedding}, but the embeddings are tied")
-    with torch.device("meta"):
-        expected = to_hf_tensors(LM(cfg).state_dict(), cfg, page.model_type)
-    _check_names(expected, tensors, "weights")
-    wrong = [
-        f"{n} is {tuple(tensors[n].shape)}, expected {tuple(e.shape)}"
-        for n, e in expected.items()
-        if tensors[n].shape != e.shape
-    ]
-    if wrong:
-        raise ValueError(f"weights do not fit the configuration: {'; '.join(wrong)}")
-    return {
-        name: part
-        for rule in rules
-        for name, part in zip(rule.ours, rule.unpack([tensors[n] for n in rule.theirs]), strict=True)
-    }
-
-
-def _check_names(expected, found, what: str) -> None:
-    missing, extra = [n for n in expected if n not in found], sorted(set(found) - set(expected))
-    if missing or extra:
-        raise ValueError(f"{what}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")
+    """The inverse of `to_hf_tensors`, for tensors that are in memory. Raises ValueError as `plan` does."""
+    made = plan({name: lazy(t) for name, t in tensors.items()}, cfg, model_type)
+    return dict(zip(made.ours(), (tensor for part in made.parts() for tensor in part), strict=True))
 
 
 def export_hf(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path, out: Path, generation: dict | None = None,
@@ -150,7 +121,8 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Configuration and state dict of a folder that transformers wrote, or `export_hf`. Tensors keep their dtype."""
     data = read_json(Path(folder) / "config.json")
     cfg = from_hf_config(data)
-    return cfg, from_hf_tensors(load_tensors(Path(folder)), cfg, data["model_type"])
+    made = plan(open_tensors(Path(folder)), cfg, data["model_type"], str(folder))
+    return cfg, dict(zip(made.ours(), (tensor for part in made.parts() for tensor in part), strict=True))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     if not (path / "manifest.json").is_file():
         stages = [path / stage for stage in ("dpo", "sft", "pretrain") if (path / stage / "checkpoints").is_dir()]
         path = next(iter(stages), path)
-    return Checkpoint.open(path)
+    return Checkpoint.open(path, resuming=False)
 
 
 def load_engine(path: str | Path, device: str = "auto", max_batch: int = 32) -> Engine:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from zero2llm.core.config import parse, to_dict
@@ -39,16 +40,16 @@ class Checkpoint:
     manifest: dict
 
     @staticmethod
-    def open(path: str | Path) -> Checkpoint:
+    def open(path: str | Path, resuming: bool = True) -> Checkpoint:
         """``path`` may be a checkpoint, or a run folder: then its latest intact checkpoint.
 
-        Raises ValueError for a folder that is none, another format version, or damage.
+        ``resuming`` False: the optimizer's files, which only training reads, are not checked. Raises ValueError for a folder that is none, another format version, or damage.
         """
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"{path}: no such checkpoint folder")
         if not (path / "manifest.json").is_file():
-            found = latest(path)
+            found = latest(path, resuming)
             if found is None:
                 raise ValueError(f"{path}: neither a checkpoint (no manifest.json) nor a run with intact checkpoints")
             return found
@@ -57,11 +58,13 @@ class Checkpoint:
             raise ValueError(
                 f"{path}: checkpoint format {manifest.get('format')!r}, this version of zero2llm reads {FORMAT}"
             )
-        return Checkpoint(path, manifest).verify()
+        return Checkpoint(path, manifest).verify(resuming)
 
-    def verify(self) -> Checkpoint:
+    def verify(self, resuming: bool = True) -> Checkpoint:
         for name, expected in self.manifest["sha256"].items():
             file = self.path / name
+            if name.startswith("train/") and not resuming:
+                continue
             if not file.is_file():
                 raise ValueError(f"{file}: listed in the manifest but missing; the checkpoint is damaged")
             if sha256(file) != expected:
@@ -81,9 +84,14 @@ class Checkpoint:
         return parse(ModelConfig, data["model"], source=str(self.path / "config.json"))
 
     def load_model(self) -> LM:
-        """The model in evaluation mode, on the CPU."""
-        model = LM(self.model_config())
-        load_weights(model, load_tensors(self.path / "model"), str(self.path))
+        """The model in evaluation mode, in fp32 on the CPU.
+
+        Its weights are pages of the file, read when they are first needed; writing to them changes this process alone.
+        """
+        with torch.device("meta"):  # nothing is drawn that would be overwritten
+            model = LM(self.model_config())
+        tensors = load_tensors(self.path / "model")
+        load_weights(model, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, str(self.path), assign=True)
         return model.eval()
 
     def restore(self, model: nn.Module, optim: OptimizerSet, batches) -> FitState:
@@ -96,7 +104,7 @@ class Checkpoint:
         return FitState(**state["fit"])
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str, assign: bool = False) -> None:
     """Strictly: a missing, extra or mis-shaped tensor is an error that lists names."""
     own = model.state_dict()
     faults = [f"missing {n}" for n in own if n not in tensors] + [f"unexpected {n}" for n in tensors if n not in own]
@@ -109,7 +117,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
         raise ValueError(
             f"{source}: weights do not fit the model: {'; '.join(faults[:8])}{' ...' if len(faults) > 8 else ''}"
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=assign)
 
 
 def save_checkpoint(
@@ -147,11 +155,11 @@ def candidates(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "manifest.json").is_file())
 
 
-def latest(run: Path) -> Checkpoint | None:
+def latest(run: Path, resuming: bool = True) -> Checkpoint | None:
     """The newest checkpoint whose hashes hold; a damaged one is named and passed over."""
     for path in reversed(candidates(run)):
         try:
-            return Checkpoint.open(path)
+            return Checkpoint.open(path, resuming)
         except ValueError as error:
             log_once(f"{error}; trying the one before")
     return None
