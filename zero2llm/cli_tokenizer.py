@@ -12,12 +12,16 @@ PATH = click.Path(path_type=Path)
 
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what the output folder holds.")
 field = click.option("--field", default="text", help="Field of JSON records that holds the text.")
+skip = click.option("--skip-bad-records", is_flag=True, help="Leave bad records out and list them, instead of stopping at the first.")
 rule = click.option("--split", help="How the text was cut, for tiktoken ranks whose name does not tell: cl100k_base, qwen ...")
 
 
 @click.group(**HELP)
 def tokenizer() -> None:
-    """Train a tokenizer, read anyone's, see what they do to a text."""
+    """Train a tokenizer, read anyone's, see what they do to a text.
+
+    TOKENIZER: a folder of ours, a checkpoint, a run, tokenizer.json, SentencePiece's .model, tiktoken ranks, or GPT-2's files.
+    """
 
 
 @tokenizer.command("train", **HELP)
@@ -29,13 +33,14 @@ def tokenizer() -> None:
 @click.option("--engine", default="handwritten",
               help="handwritten (pure Python), library (tokenizers, for large text) or, for bpe, rustbpe (the fastest).")  # fmt: skip
 @field
+@skip
 @overwrite
 def train(files: tuple[str, ...], out: Path, vocab_size: int, kind: str, split: str, engine: str, field: str,
-          overwrite: bool) -> None:  # fmt: skip
+          skip_bad_records: bool, overwrite: bool) -> None:  # fmt: skip
     """Train a tokenizer on text files, folders, globs, or 'embedded'."""
     from zero2llm.lab.tokens import train_tokenizer
 
-    train_tokenizer(list(files), out, vocab_size, split, engine, field, overwrite, kind)
+    train_tokenizer(list(files), out, vocab_size, split, engine, field, overwrite, kind, skip_bad_records)
 
 
 @tokenizer.command("encode", **HELP)
@@ -54,34 +59,37 @@ def encode(path: Path, text: str, split: str | None) -> None:
 @click.option("--search", help="Only tokens that hold this: characters, bytes in hexadecimal, or the file's own spelling.")
 @click.option("--ids", help="Only these: 300 or 300:400.")
 @click.option("--sort", "order", type=click.Choice(["id", "frequency", "length"]), default="id")
-@click.option("--limit", default=40, help="Rows in the terminal.")
+@click.option("--limit", type=click.IntRange(1), default=40, help="Rows in the terminal.")
 @click.option("--text", multiple=True, metavar="FILE", help="Count tokens in this text ('embedded', a file); may be repeated.")
 @click.option("--token", help="How this token was merged: an id, or text that is one token.")
 @click.option("--html", type=PATH, help="Also write a page with all of them.")
 @field
+@skip
 @rule
 def view(path: Path, search: str | None, ids: str | None, order: str, limit: int, text: tuple[str, ...], token: str | None,
-         html: Path | None, field: str, split: str | None) -> None:  # fmt: skip
+         html: Path | None, field: str, skip_bad_records: bool, split: str | None) -> None:  # fmt: skip
     """Browse a vocabulary: why does the file look garbled, and what is in it?"""
     from zero2llm.lab.token_view import view as run
 
-    run(path, search=search, ids=ids, order=order, limit=limit, text=text, field=field, token=token, html=html, split=split)
+    run(path, search=search, ids=ids, order=order, limit=limit, text=text, field=field, token=token, html=html, split=split,
+        skip=skip_bad_records)  # fmt: skip
 
 
 @tokenizer.command("compare", **HELP)
 @click.argument("paths", nargs=-1, required=True, metavar="[NAME=]TOKENIZER...")
 @click.option("--text", multiple=True, metavar="FILE", help="Texts to encode; may be repeated. Without it: the embedded ones.")
-@click.option("--sample-bytes", default=200_000, help="About so much of each text.")
+@click.option("--sample-bytes", type=click.IntRange(1), default=200_000, help="About so much of each text.")
 @click.option("--speed", is_flag=True, help="Also MB a second on one core.")
 @click.option("--html", type=PATH, help="Also write a page with a chart.")
 @field
+@skip
 @rule
 def compare(paths: tuple[str, ...], text: tuple[str, ...], sample_bytes: int, speed: bool, html: Path | None, field: str,
-            split: str | None) -> None:  # fmt: skip
+            skip_bad_records: bool, split: str | None) -> None:  # fmt: skip
     """Bytes per token by language and domain, for several tokenizers side by side."""
     from zero2llm.lab.token_compare import compare as run
 
-    run(paths, text=text, sample=sample_bytes, field=field, speed=speed, html=html, split=split)
+    run(paths, text=text, sample=sample_bytes, field=field, speed=speed, html=html, split=split, skip=skip_bad_records)
 
 
 @tokenizer.command("convert", **HELP)

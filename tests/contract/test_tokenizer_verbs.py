@@ -15,6 +15,7 @@ from zero2llm.data.sources import documents
 from zero2llm.lab.token_compare import domains, language, named
 from zero2llm.lab.token_view import GROUPS, rows, select
 from zero2llm.model.resize import resized
+from zero2llm.tokenizers.bytes import SPLITS
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.checkpoint import Checkpoint
 
@@ -63,6 +64,32 @@ def test_train_refuses(options, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         run("train", tmp_path / "a.txt", "--out", tmp_path / "t", *options)
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    "kind,engine,match",
+    [
+        ("wordpiece", "handwritten", r"raise vocab_size by \d+"),
+        ("wordpiece", "library", "cannot hold the text's characters: it must be at least"),
+        ("unigram", "handwritten", r"raise vocab_size by \d+"),
+        ("unigram", "library", "cannot hold 260 control tokens and bytes and the text's characters"),
+    ],
+)
+def test_a_size_below_the_number_of_characters_says_what_it_takes(kind, engine, match, tmp_path):
+    with pytest.raises(ValueError, match=match) as error:
+        run("train", TEXT, "--out", tmp_path / "t", "--vocab-size", 1000, "--kind", kind, "--engine", engine)
+    if engine == "handwritten":  # the number that it names is enough
+        more = int(str(error.value).split("raise vocab_size by ")[1].split(",")[0])
+        assert f"{1000 + more} tokens" in run("train", TEXT, "--out", tmp_path / "t", "--vocab-size", 1000 + more, "--kind", kind)
+
+
+def test_bad_records_are_left_out_where_asked(folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "the sea, the sea"}\n{"x": 1}\n', encoding="utf-8")
+    for verb in (["train", tmp_path / "a.jsonl", "--out", tmp_path / "t", "--vocab-size", 262], ["view", folder, "--text", tmp_path / "a.jsonl"],
+                 ["compare", folder, "--text", tmp_path / "a.jsonl"]):  # fmt: skip
+        with pytest.raises(ValueError, match="line 2: no field 'text'.*--skip-bad-records"):
+            run(*verb)
+        assert "left out: " in run(*verb, "--skip-bad-records")
 
 
 def test_encode_shows_ids_readable_forms_and_bytes(folder):
@@ -118,7 +145,11 @@ def test_a_vocabulary_without_merges_says_so(tmp_path):
     run("train", tmp_path / "a.txt", "--out", tmp_path / "t", "--vocab-size", 700, "--kind", "unigram", "--engine", "library")
     with pytest.raises(ValueError, match="Unigram has no merges"):
         run("view", tmp_path / "t", "--token", "300")
-    assert "form: blanks" in run("view", tmp_path / "t", "--limit", "3")
+    assert "form: blanks. The file holds characters; <0xE4> is one byte" in run("view", tmp_path / "t", "--limit", "3")
+    run("train", tmp_path / "a.txt", "--out", tmp_path / "w", "--vocab-size", 700, "--kind", "wordpiece", "--engine", "library")
+    with pytest.raises(ValueError, match="WordPiece has no merges: its file keeps the pieces"):
+        run("view", tmp_path / "w", "--token", "300")
+    assert "one that begins with ## goes on with the word" in run("view", tmp_path / "w", "--limit", "3")
 
 
 def test_compare(folder, tmp_path):
@@ -136,15 +167,37 @@ def test_compare(folder, tmp_path):
         named(["a/b", "c/b"])
 
 
+def test_texts_of_one_name_are_told_apart(folder, tmp_path):
+    for place, text in (("a", "The whale. " * 9), ("b", "关关雎鸠。" * 9)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "x.txt").write_text(text, encoding="utf-8")
+    both = [str(tmp_path / place / "x.txt") for place in "ab"]
+    assert [(d.name, d.language) for d in domains(both, 99, "text")] == [(both[0], "Latin"), (both[1], "zh")]
+    with pytest.raises(ValueError, match="is given twice"):
+        domains([both[0], both[0]], 99, "text")
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no text"):
+        domains([str(tmp_path / "a.jsonl")], 99, "text", skip=True)
+
+
 def test_convert(folder, tmp_path):
     out = run("convert", folder, "--out", tmp_path / "x.tiktoken", "--to", "tiktoken")
     assert "pat_str" in out and "<|im_end|>" in out
+    assert repr(SPLITS["qwen2"]) in CliRunner().invoke(app, ["tokenizer", "convert", str(folder), "--out", str(tmp_path / "y"), "--to", "tiktoken"]).output
     run("convert", tmp_path / "x.tiktoken", "--split", "qwen2", "--out", tmp_path / "back")
     ours, back = Tokenizer.load(folder), Tokenizer.load(tmp_path / "back")
     for text in documents([TEXT]):
         assert ours.encode(text) == back.encode(text)
     with pytest.raises(ValueError, match="already exists"):
         run("convert", folder, "--out", tmp_path / "x.tiktoken", "--to", "tiktoken")
+
+
+def test_what_ranks_leave_to_tiktoken_s_caller_is_told(folder, tmp_path):
+    data = json.loads(Tokenizer.load(folder).add_tokens(["<think>"]).library.to_str()) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    out = run("convert", tmp_path, "--out", tmp_path / "x.tiktoken", "--to", "tiktoken")
+    assert "unicodedata.normalize('NFC', text)" in out and "<think>: found in text only with" in out
+    assert "note" not in run("convert", folder, "--out", tmp_path / "y.tiktoken", "--to", "tiktoken")
 
 
 def test_a_rule_that_is_none_of_ours_is_told(folder, tmp_path):
@@ -219,6 +272,8 @@ def test_rows_that_no_token_used_are_filled_too(checkpoint):
 def test_a_token_that_is_there_is_refused_and_nothing_is_written(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="there already"):
         run("add", checkpoint[True], "<|im_end|>", "--out", tmp_path / "x")
+    with pytest.raises(ValueError, match="there already"):  # its file spells it Ġthe
+        run("add", checkpoint[True], " the", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -230,5 +285,7 @@ def test_a_grown_checkpoint_begins_a_stage(tmp_path):
     write_data(tmp_path / "data")
     run_stage(load_recipe(write_recipe(tmp_path, "pretrain"), ["fit.steps=2"]), quiet=True)
     run("add", tmp_path / "pretrain", "<x>", "--out", tmp_path / "more")
+    (tmp_path / "pretrain" / "tokenizer").rename(tmp_path / "elsewhere")  # as where the recipe names a folder
+    assert run("encode", tmp_path / "pretrain", "a whale") == run("encode", tmp_path / "elsewhere", "a whale")
     result = run_stage(load_recipe(write_recipe(tmp_path, "sft", init=str(tmp_path / "more")), ["fit.steps=2"]), quiet=True)
     assert result.model.cfg.vocab_size == 301 == result.tokenizer.vocab_size

@@ -1,4 +1,4 @@
-"""Planted bugs in WordPiece and Unigram: each must be caught, and by whom is part of the claim.
+"""Planted bugs in BPE, WordPiece and Unigram: each must be caught, and by whom is part of the claim.
 
 A bug is one line of the page, written otherwise. A cut that is merely not the best, or a trainer that merely learns something
 else, still gives the text back, so round trips see little: the enumeration of all cuts and the trainer in loops do.
@@ -9,9 +9,21 @@ import textwrap
 
 import pytest
 
+from tests.golden import test_ladder as steps
 from tests.golden import test_unigram as uni
 from tests.golden import test_wordpiece as wp
-from zero2llm.tokenizers import bert_words, lattice, lattice_batch, unigram, unigram_seed, unigram_train, wordpiece
+from zero2llm.tokenizers import (
+    bert_words,
+    bpe,
+    ladder,
+    lattice,
+    lattice_batch,
+    unigram,
+    unigram_seed,
+    unigram_train,
+    wordpiece,
+)
+from zero2llm.tokenizers.bytes import SPLITS
 
 
 def change(patch, owner, name, right, wrong, also=()):
@@ -25,6 +37,21 @@ def change(patch, owner, name, right, wrong, also=()):
 
 
 # The checks. Each raises AssertionError.
+
+
+def rungs():
+    for split in SPLITS:
+        steps.test_the_small_bpe_is_the_fast_one(split)
+    for text in ("aaaaa abab", "cabcabab bcc", "中中国 中国中"):
+        steps.test_rungs_agree_on_any_text.hypothesis.inner_test([text, "abc ab ca", "国中 aab"], text * 2)
+
+
+def merges_by_hand():
+    steps.test_merges_by_hand()
+
+
+def single_bytes():
+    steps.test_a_bpe_without_merges_is_the_byte_tokenizer()
 
 
 def counting_again():
@@ -106,6 +133,7 @@ def losses_by_hand():
     uni.test_losses_by_hand()
 
 
+BPE = [rungs, merges_by_hand, single_bytes]
 WORDPIECE = [counting_again, likelihood_of_the_corpus, first_merges, longest_first, words_and_text, alphabet]
 UNIGRAM = [all_cuts, any_pieces, draws, ties, round_trip, unknown, batched, seeds, edges, em_by_hand, losses_by_hand]
 
@@ -120,6 +148,21 @@ def caught_by(checks):
     return found
 
 
+BPE_BUGS = {  # name -> (checks that must catch it, where, function, the line as it is, the line with the bug)
+    "a stale count is believed": ("rungs", bpe, "train_bpe", "-n != (now := counts[pair])", "(now := counts[pair]) < 0", steps),
+    "of equal pairs the one with the highest ids": ("rungs", ladder.SmallBPE, "train", "-rank[pair[0]], -rank[pair[1]]", "rank[pair[0]], rank[pair[1]]"),
+    "merges cross the borders of pieces": ("rungs", bpe, "count_pieces", "splitter(split).findall", "lambda text: [text]"),
+    "pieces weigh the same however often they occur": ("rungs", bpe, "index_pairs", "counts[pair] += n", "counts[pair] += 1"),
+    "the pair on the left of a merge stays": ("rungs", bpe, "merge_pair", "counts[left << 20 | a] -= n", "pass"),
+    "the pair on the right of a merge stays": ("rungs", bpe, "merge_pair", "counts[b << 20 | right] -= n", "pass"),
+    "pairs that a merge made are not indexed": ("rungs", bpe, "merge_pair", "key = left << 20 | new\n", "key = left << 20 | a\n"),
+    "the first pair of a piece is joined, not the first merge": ("rungs", bpe.BPE, "_encode_piece", "key=lambda pair: self.ranks.get(pair, len(self.ranks))", "key=lambda pair: pair not in self.ranks"),
+    "ids begin one late": ("rungs", bpe.BPE, "__init__", "first_id + i: token", "first_id + i + 1: token"),
+    "the rarest pair first": ("rungs merges_by_hand", ladder.SmallBPE, "train", "(counts[pair], -rank", "(-counts[pair], -rank"),
+    "a joined token is joined again at once": ("merges_by_hand", ladder, "join", "i += 2", "i += 1", bpe),
+    "merges in another order than learned": ("rungs merges_by_hand", ladder.SmallBPE, "encode", "in self.merges", "in self.merges[::-1]"),
+    "bytes by their value, not in the order of files": ("single_bytes", ladder.ByteTokenizer, "encode", "self.ids[bytes([b])]", "b"),
+}  # fmt: skip
 W, P = wordpiece.WordPiece, wordpiece
 BUGS = {  # name -> (checks that must catch it, where, function, the line as it is, the line with the bug)
     "the shortest piece first": ("longest_first", W, "_encode_word", "range(min(len(word), begin + self.longest), begin, -1)", "range(begin + 1, min(len(word), begin + self.longest) + 1)"),
@@ -166,14 +209,13 @@ MORE_BUGS = {
 }  # fmt: skip
 
 
-
 def test_without_a_bug_every_check_holds():
-    assert caught_by([*WORDPIECE, *UNIGRAM]) == set()
+    assert caught_by([*BPE, *WORDPIECE, *UNIGRAM]) == set()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("bug", [*BUGS, *MORE_BUGS])
+@pytest.mark.parametrize("bug", [*BPE_BUGS, *BUGS, *MORE_BUGS])
 def test_a_planted_bug_is_caught(bug, monkeypatch):
-    by, where, name, right, wrong, *also = (BUGS | MORE_BUGS)[bug]
+    by, where, name, right, wrong, *also = (BPE_BUGS | BUGS | MORE_BUGS)[bug]
     change(monkeypatch, where, name, right, wrong, also)
-    assert caught_by([check for check in [*WORDPIECE, *UNIGRAM] if check.__name__ in by.split()]) == set(by.split())
+    assert caught_by([check for check in [*BPE, *WORDPIECE, *UNIGRAM] if check.__name__ in by.split()]) == set(by.split())

@@ -105,6 +105,19 @@ def test_sentencepiece_gives_the_same_ids(name, folder):
 
 
 @pytest.mark.parametrize("name", list(SP))
+def test_sentencepiece_gives_the_same_text(name, folder):
+    """The blank that it puts before a text is not part of it, also where it squeezes blanks. Theirs writes unknown pieces otherwise."""
+    theirs, ours = sp_pair(name, folder)
+    for text in (*corpus()[:60], *TEXTS, " a  b ", "the sea", "关关雎鸠 the"):
+        ids = ours.encode(text)
+        if theirs.unk_id() not in ids:
+            assert ours.decode(ids) == theirs.decode(ids)
+        stream = ours.stream()
+        assert "".join([stream.push(i) for i in ids]) + stream.flush() == ours.decode(ids)
+        assert ours.nature.form == "text" or ours.decode_bytes(ours.encode_bytes(text.encode())) == text.encode()
+
+
+@pytest.mark.parametrize("name", list(SP))
 def test_sentencepiece_gives_the_same_ids_for_anything(name, folder):
     theirs, ours = sp_pair(name, folder)
 
@@ -385,11 +398,21 @@ def test_typed_control_strings_stay_text(style, tmp_path):
     assert ours.decode(ours.encode("<0x41>")) == "<0x41>"
 
 
+def test_an_added_run_of_blanks_comes_back_as_blanks(tmp_path):
+    """As in Gemma's tokenizer.json, where U+2581 twice is an added token."""
+    library, config = llama2()
+    library.add_tokens([AddedToken("▁▁▁", special=False, normalized=False), AddedToken("<|a▁b|>", special=True, normalized=False)])
+    ours = Tokenizer.load(written(tmp_path / "x", library, config))
+    ids = [*ours.encode("the"), library.token_to_id("▁▁▁"), *ours.encode("sea")]
+    assert ours.decode(ids) == library.decode(ids) == "the    sea"
+    assert ours.decode([library.token_to_id("<|a▁b|>")]) == "<|a▁b|>"  # a control token keeps its name
+
+
 def test_no_end_token_is_an_error_that_says_what_to_do(tmp_path):
     library = byte_level("gpt2", ["[MASK]"])
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     source = written(tmp_path / "x", library, {})
-    with pytest.raises(ValueError, match="no token is known to end a document"):
+    with pytest.raises(ValueError, match=r"no token is known to end a document; .*--eos.*one of: \[MASK\], !"):
         Tokenizer.load(source)
     (source / "special_tokens_map.json").write_text('{"eos_token": {"content": "[MASK]", "lstrip": false}}')
     assert Tokenizer.load(source).eos_id == library.token_to_id("[MASK]")
@@ -416,6 +439,13 @@ def test_gpt2_files(names, tmp_path):
     (tmp_path / names[1]).write_text("#version: 0.2\ne r\nq xyz\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"{names[1]}, line 3: 'xyz' is not in"):
         Tokenizer.load(tmp_path)
+
+
+def test_gpt2_files_of_a_vocabulary_of_ours(tmp_path):
+    data = json.loads(trained("gpt2").library.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(data["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in data["merges"]), encoding="utf-8")
+    assert Tokenizer.load(tmp_path).fingerprint() == trained("gpt2").fingerprint()
 
 
 def test_ranks_go_out_and_come_back(tmp_path):

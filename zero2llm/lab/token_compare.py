@@ -21,6 +21,7 @@ from zero2llm.core.files import write_atomic
 from zero2llm.core.log import console
 from zero2llm.data.sources import EMBEDDED, BadRecords, documents
 from zero2llm.lab import charts
+from zero2llm.lab.data_tools import tell_bad
 from zero2llm.lab.tokens import open_tokenizer
 from zero2llm.tokenizers.engines import Tiktoken
 from zero2llm.tokenizers.tokenizer import Tokenizer
@@ -51,17 +52,24 @@ class Score:
     speed: float | None
 
 
-def domains(files: Sequence[str], sample: int, field: str) -> list[Domain]:
-    """Every file, or the embedded texts, each cut to about ``sample`` bytes of documents."""
-    out = []
-    for name in files or [f"embedded:{n}" for n in EMBEDDED]:
+def domains(files: Sequence[str], sample: int, field: str, skip: bool = False) -> list[Domain]:
+    """Every file, or the embedded texts, each cut to about ``sample`` bytes of documents; ``skip``: bad records are left out.
+
+    Raises ValueError for a text without a document, or one that is given twice.
+    """
+    files, bad, out = list(files or [f"embedded:{n}" for n in EMBEDDED]), BadRecords(skip=skip), []
+    short = [Path(name).name.removeprefix("embedded:") for name in files]
+    for name, label in zip(files, short, strict=True):
         texts, size = [], 0
-        for text in documents([name], field=field, bad=BadRecords(skip=False)):
+        for text in documents([name], field=field, bad=bad):
             texts.append(text)
             size += len(text.encode())
             if size >= sample:
                 break
-        out.append(Domain(Path(name).name.removeprefix("embedded:"), language("".join(texts)), tuple(texts)))
+        if not size or files.count(name) > 1:
+            raise ValueError(f"--text {name}: {'is given twice' if size else 'holds no text'}")
+        out.append(Domain(label if short.count(label) == 1 else name, language("".join(texts)), tuple(texts)))
+    tell_bad(bad)
     return out
 
 
@@ -114,10 +122,10 @@ def totals(scores: Sequence[Score], found: Sequence[Domain]) -> dict[tuple[str, 
 
 
 def compare(paths: Sequence[str], *, text: Sequence[str], sample: int, field: str, speed: bool, html: Path | None,
-            split: str | None) -> list[Score]:  # fmt: skip
+            split: str | None, skip: bool = False) -> list[Score]:  # fmt: skip
     """Print the table, write the page if asked. Raises ValueError for a path that holds no tokenizer."""
     tokenizers = {name: open_tokenizer(path, split) for name, path in named(paths).items()}
-    found = domains(text, sample, field)
+    found = domains(text, sample, field, skip)
     scores = [measure(name, t, domain, speed) for name, t in tokenizers.items() for domain in found]
     for name, t in tokenizers.items():
         console().print(f"{name}: {t.vocab_size:,} entries, {t.nature.model}", markup=False)

@@ -16,6 +16,7 @@ from rich.tree import Tree
 from zero2llm.core.files import write_atomic
 from zero2llm.core.log import console
 from zero2llm.data.sources import BadRecords, documents
+from zero2llm.lab.data_tools import tell_bad
 from zero2llm.lab.tokens import open_tokenizer
 from zero2llm.tokenizers.bytes import readable, to_chars
 from zero2llm.tokenizers.tokenizer import Tokenizer
@@ -95,7 +96,7 @@ def select(found: Iterable[Row], search: str | None, ids: str | None, order: str
 def explanation(tokenizer: Tokenizer) -> list[str]:
     """Why the file looks as it does, with this vocabulary's own example; the second line says it in Chinese."""
     if tokenizer.nature.form != "bytes":
-        return [f"form: {tokenizer.nature.form}" + (f"; a text may not come back: {tokenizer.loss}" if tokenizer.loss else "")]
+        return [*_other_form(tokenizer), *([f"note: a text may not come back: {tokenizer.loss}"] if tokenizer.loss else [])]
     data, spelled = SAMPLE.encode(), to_chars(SAMPLE.encode())
     n = len(tokenizer.encode(SAMPLE))
     return [
@@ -107,11 +108,26 @@ def explanation(tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def count_tokens(tokenizer: Tokenizer, files: Sequence[str], field: str) -> Counter[int]:
-    """How often each token occurs in the documents of ``files``."""
-    counts: Counter[int] = Counter()
-    for text in documents(files, field=field, bad=BadRecords(skip=False)):
+def _other_form(tokenizer: Tokenizer) -> list[str]:
+    if tokenizer.nature.form == "blanks":
+        sign = tokenizer.nature.blank
+        return [
+            f"form: blanks. The file holds characters{f', {sign} for a blank' if sign else ''}; <0xE4> is one byte, for characters without a piece of "
+            "their own. Below, a blank is shown as ·.",
+            f"词表里就是字符本身{f'，{sign} 代表空格' if sign else ''}；<0xE4> 是一个字节，用来拼出没有自己词条的字。下面空格显示为 ·。",
+        ]
+    if tokenizer.nature.model == "WordPiece":
+        return ["form: text. The file holds words and parts of words; one that begins with ## goes on with the word before it.",
+                "词表里是词和词的一部分；以 ## 开头的接在前一段后面。"]  # fmt: skip
+    return ["form: text. The file holds pieces of text; what none of them spells is unknown.", "词表里是文本片段；拼不出的内容记为未知。"]
+
+
+def count_tokens(tokenizer: Tokenizer, files: Sequence[str], field: str, skip: bool = False) -> Counter[int]:
+    """How often each token occurs in the documents of ``files``; ``skip``: bad records are left out."""
+    counts, bad = Counter(), BadRecords(skip=skip)
+    for text in documents(files, field=field, bad=bad):
         counts.update(tokenizer.encode(text))
+    tell_bad(bad)
     return counts
 
 
@@ -119,7 +135,8 @@ def merge_tree(tokenizer: Tokenizer, token: int) -> Tree:
     """How the token was made: its two parts, theirs, down to bytes. Raises ValueError for a vocabulary without merges."""
     model = json.loads(tokenizer.library.to_str())["model"]
     if model["type"] != "BPE":
-        raise ValueError(f"a {model['type']} has no merges: its tokens were chosen as wholes")
+        why = {"Unigram": "its tokens were chosen as wholes", "WordPiece": "its file keeps the pieces, not how they were joined"}
+        raise ValueError(f"{model['type']} has no merges: {why.get(model['type'], 'only BPE has')}")
     made: dict[str, tuple[int, str, str]] = {}
     for rank, pair in enumerate(model["merges"]):
         a, b = pair.split(" ") if isinstance(pair, str) else pair
@@ -137,7 +154,7 @@ def _branch(tokenizer: Tokenizer, name: str, made: dict) -> Tree:
 
 
 def view(path: Path, *, search: str | None, ids: str | None, order: str, limit: int, text: Sequence[str], field: str,
-         token: str | None, html: Path | None, split: str | None) -> None:  # fmt: skip
+         token: str | None, html: Path | None, split: str | None, skip: bool = False) -> None:  # fmt: skip
     """Show a vocabulary, or how one token was merged. Raises ValueError for a tokenizer or token that is not there."""
     tokenizer = open_tokenizer(path, split)
     if token is not None:
@@ -145,7 +162,7 @@ def view(path: Path, *, search: str | None, ids: str | None, order: str, limit: 
         return
     if order == "frequency" and not text:
         raise ValueError("--sort frequency needs a text to count in: --text FILE or --text embedded")
-    counts = count_tokens(tokenizer, text, field) if text else None
+    counts = count_tokens(tokenizer, text, field, skip) if text else None
     found = select(rows(tokenizer, counts), search, ids, order)
     for line in explanation(tokenizer):
         console().print(line, markup=False, style="dim")

@@ -12,6 +12,7 @@ from zero2llm.core.config import to_dict
 from zero2llm.core.files import hashes, new_folder, save_tensors
 from zero2llm.core.log import console
 from zero2llm.data.sources import BadRecords, documents
+from zero2llm.lab.data_tools import tell_bad
 from zero2llm.lab.talk import find_checkpoint
 from zero2llm.model.resize import resized
 from zero2llm.tokenizers.exports import write_ranks
@@ -22,17 +23,22 @@ SHADES = ("on grey23", "on dark_blue", "on dark_green", "on dark_magenta")  # ne
 
 
 def open_tokenizer(path: str | Path, split: str | None = None, eos: str | None = None) -> Tokenizer:
-    """A tokenizer in any form that can be read, or that of a checkpoint. Raises ValueError if there is none."""
+    """A tokenizer in any form that can be read, or that of a checkpoint or run. Raises ValueError if there is none."""
     path = Path(path)
+    if not (path / "tokenizer").is_dir() and (path / "checkpoints").is_dir():  # a run with a tokenizer from elsewhere
+        return Tokenizer.load(find_checkpoint(path).tokenizer_dir)
     return Tokenizer.load(path / "tokenizer" if (path / "tokenizer").is_dir() else path, split, eos)
 
 
 def train_tokenizer(
-    files: list[str], out: Path, vocab_size: int, split: str, engine: str, field: str, overwrite: bool, kind: str = "bpe"
-) -> None:
+    files: list[str], out: Path, vocab_size: int, split: str, engine: str, field: str, overwrite: bool, kind: str = "bpe",
+    skip: bool = False,
+) -> None:  # fmt: skip
     """Train on the documents of ``files`` and write a folder that transformers opens too."""
+    bad = BadRecords(skip=skip)
     with new_folder(out, overwrite) as part:
-        texts = list(documents(files, field=field, bad=BadRecords(skip=False)))
+        texts = list(documents(files, field=field, bad=bad))
+        tell_bad(bad)
         tokenizer = Tokenizer.train(texts, vocab_size, split=split, engine=engine, kind=kind)
         tokenizer.save(part)
     n_bytes, sample = sum(len(t.encode()) for t in texts[:500]), tokenizer.encode_batch(texts[:500])
@@ -90,8 +96,15 @@ def convert_tokenizer(path: Path, out: Path, to: str, split: str | None, eos: st
         if out.exists() and not overwrite:
             raise ValueError(f"{out} already exists; choose another place or pass --overwrite")
         about = write_ranks(out, tokenizer.library)
-        console().print(f"tiktoken.Encoding also needs pat_str={about['pat_str']!r}", markup=False)
-        console().print(f"and special_tokens={about['special_tokens']!r}", markup=False)
+        console().print(f"tiktoken.Encoding also needs pat_str={about['pat_str']!r}", markup=False, soft_wrap=True)
+        console().print(f"and special_tokens={about['special_tokens']!r}", markup=False, soft_wrap=True)
+        found = [token.content for token in tokenizer.added.values() if not token.special]
+        for note in (
+            "this tokenizer composes characters first: give tiktoken unicodedata.normalize('NFC', text)" if tokenizer.library.normalizer else "",
+            f"{', '.join(found)}: found in text only with encode(text, allowed_special=...)" if found else "",
+        ):
+            if note:
+                console().print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     console().print(f"wrote {out}: {tokenizer.vocab_size} tokens, split rule {tokenizer.split or 'custom'}", markup=False)
     if tokenizer.split is None and tokenizer.nature.form == "bytes":
         console().print("note: llama.cpp knows split rules by name, and this one is none of ours (gpt2, llama3, qwen2); "

@@ -39,7 +39,7 @@ class Decoder:
         if self.nature.form == "text":
             raise ValueError(f"the tokenizer cannot spell bytes: {self.nature.loss}")
         whole = b"".join(map(self.token_bytes, ids))
-        return whole.removeprefix(b" ") if self.nature.prefix else whole
+        return whole.removeprefix(b" ") if self.nature.drops_blank else whole
 
     def decode(self, ids: list[int]) -> str:
         """Without bytes the library's decoder puts blanks between words, and control tokens are words like others."""
@@ -56,7 +56,7 @@ class StreamDecoder:
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.began = not decoder.nature.prefix  # the blank that was put before the text is not part of it
+        self.began = not decoder.nature.drops_blank  # the blank that was put before the text is not part of it
         self.ids: list[int] = []  # so far, and what was said of them, where only whole texts can be decoded
         self.said = ""
 

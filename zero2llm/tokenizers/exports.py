@@ -41,7 +41,8 @@ def write_ranks(file: Path, library: Library) -> dict:
     """tiktoken's file: a line of base64 bytes and id per token. Returns what stands in no such file: the keyword arguments
     ``pat_str`` and ``special_tokens`` of tiktoken.Encoding.
 
-    Raises ValueError if tiktoken would give other ids, or knows no such tokenizer.
+    Raises ValueError if tiktoken would give other ids, or knows no such tokenizer. Not in the file either, and left to whoever
+    reads it: composing characters first (NFC), and finding added tokens in text (``allowed_special``).
     """
     data = json.loads(library.to_str())
     nature, _ = examine(data)

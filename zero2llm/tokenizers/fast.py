@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -73,12 +73,16 @@ def is_own(tokenizer: Tokenizer, nature: Nature) -> bool:
     return True
 
 
-def with_tokens(tokenizer: Tokenizer, names: Sequence[str], special: bool) -> Tokenizer:
-    """A copy with more tokens behind the last. Raises ValueError if one is empty, given twice or there already."""
+def with_tokens(tokenizer: Tokenizer, names: Sequence[str], special: bool, pieces: Collection[bytes]) -> Tokenizer:
+    """A copy with more tokens behind the last. ``pieces``: the bytes of those so far, which files may spell otherwise.
+
+    Raises ValueError if one is empty, given twice or there already: a second token for the same text would hide the first.
+    """
     known = tokenizer.get_vocab()
     for i, name in enumerate(names):
-        if not name or name in known or name in names[:i]:
-            raise ValueError(f"token {name!r} is {'empty' if not name else 'there already' if name in known else 'given twice'}")
+        there = name in known or name.encode() in pieces
+        if not name or there or name in names[:i]:
+            raise ValueError(f"token {name!r} is {'empty' if not name else 'there already' if there else 'given twice'}")
     twin, first = Tokenizer.from_str(tokenizer.to_str()), 1 + max(known.values())
     twin.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
     if [twin.token_to_id(name) for name in names] != list(range(first, first + len(names))):

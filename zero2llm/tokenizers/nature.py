@@ -31,7 +31,8 @@ KEEPING = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts", "Met
 class Nature:
     """``model``: BPE, Unigram, WordPiece ... ``split``: the name of its split rule, None if none of ours.
     ``loss``: why a text may not come back; empty if every text does. ``prefix``: what is put before a text, unless that
-    begins with one of ``unless``; ``each``: also before text behind a control token.
+    begins with one of ``unless``; ``each``: also before text behind a control token. ``drops_blank``: a blank stands before
+    every text, put there by `prepared` or by the library, so decoding takes one off.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Nature:
     prefix: str = ""
     unless: tuple[str, ...] = ()
     each: bool = True
+    drops_blank: bool = False
     table: Charsmap | None = field(default=None, compare=False)
 
     def prepared(self, text: str, start: bool = True) -> str:
@@ -73,6 +75,7 @@ def examine(data: dict[str, Any]) -> tuple[Nature, dict | None]:
     blank = BLANK if any(step["type"] == "Metaspace" or step.get("content") == " " for step in back) else ""
     nature = Nature(model["type"], form, _split(cuts), _loss(form, model, names, normal, cuts) or _sign(form, blank), blank)
     normal, cuts, nature = _peel(normal, cuts, nature)
+    nature = replace(nature, drops_blank=bool(nature.prefix) or any(step["type"] == "Prepend" for step in normal))
     cuts = cuts + _cut_inside(model, data["added_tokens"], cuts)
     core = data | {
         "normalizer": {"type": "Sequence", "normalizers": normal} if normal else None,
@@ -159,14 +162,19 @@ def _cut_inside(model: dict, added: list[dict], cuts: list[dict]) -> list[dict]:
 
 
 def spelled(library: Library, size: int, nature: Nature, added: Container[int]) -> list[bytes]:
-    """The bytes of every token; of added tokens, and in the form ``text``, the name; of an id that is not in use, nothing."""
+    """The bytes of every token; of added tokens, and in the form ``text``, the name; of an id that is not in use, nothing.
+
+    In the form ``blanks`` an added token that is no control token may be a run of blanks (Gemma has such), and is spelled like
+    other pieces.
+    """
     as_byte = {name: bytes([b]) for b, name in enumerate(BYTES)}
+    blanks = {i for i, token in library.get_added_tokens_decoder().items() if nature.form == "blanks" and not token.special}
     out = []
     for i in range(size):
         name = library.id_to_token(i)
         if name is None:
             out.append(b"")
-        elif i in added or nature.form == "text":
+        elif (i in added and i not in blanks) or nature.form == "text":
             out.append(name.encode())
         elif nature.form == "blanks":
             out.append(as_byte.get(name) or name.replace(nature.blank or " ", " ").encode())

@@ -41,7 +41,7 @@ def guess_roles(names: Sequence[str], said: Mapping[str, str]) -> Roles:
             raise ValueError(f"the {role} token {name!r} is not in the vocabulary")
     eos = said.get("eos") or _first(ENDS, names)
     if eos is None:
-        raise ValueError(f"no token is known to end a document; name it (eos=...), for example one of: {', '.join(names[:8]) or 'none'}")
+        raise ValueError(f"no token is known to end a document; name it (tokenizer convert --eos, in Python eos=), for example one of: {', '.join(names[:8]) or 'none'}")
     pad = said.get("pad") or _first(PADS, names) or eos
     ends = [name for name in (*ENDS, *TURN_ENDS) if name in names and name not in ("[SEP]", pad)]
     return Roles(eos, pad, said.get("bos") or _first(STARTS, names) or eos, tuple(dict.fromkeys([eos, *ends])))

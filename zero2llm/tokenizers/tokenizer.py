@@ -136,7 +136,7 @@ class Tokenizer:
             raw = part.encode("utf-8", errors="surrogateescape")
             more = [] if BROKEN.match(part) else self._encode(part, not ids)
             if self.decode_bytes([*ids[:1], *more]) != self.decode_bytes(ids[:1]) + raw:  # broken, or it would be normalised
-                raw = b" " + raw if not ids and self.nature.prefix and raw.startswith(b" ") else raw  # decoding takes one
+                raw = b" " + raw if not ids and self.nature.drops_blank and raw.startswith(b" ") else raw  # decoding takes one
                 more = [single[raw[i : i + 1]] for i in range(len(raw))]
             ids += more
         return ids
@@ -159,7 +159,7 @@ class Tokenizer:
 
     def byte_lengths(self) -> list[int]:
         """Bytes of text that each id stands for, 0 for control tokens: what bits per byte divides by. Where a blank is put
-        before a text (``nature.prefix``), a document counts that one byte more. Raises ValueError without bytes."""
+        before a text (``nature.drops_blank``), a document counts that one byte more. Raises ValueError without bytes."""
         if self.nature.form == "text":
             raise ValueError(f"bits per byte is not defined for this tokenizer: {self.loss}")
         return [0 if i in self.special_ids else len(piece) for i, piece in enumerate(self.pieces)]
@@ -205,7 +205,7 @@ class Tokenizer:
         ``special``: control tokens, which no text can spell; otherwise they are found in text. Raises ValueError if one is
         empty, given twice or there already.
         """
-        return Tokenizer(with_tokens(self.library, names, special), self.template, self.roles)
+        return Tokenizer(with_tokens(self.library, names, special, set(self.pieces)), self.template, self.roles)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[dict] | None = None,
                style: Style | None = None) -> tuple[list[int], list[int]]:  # fmt: skip

@@ -41,7 +41,10 @@ def learn(texts: Iterable[str], vocab_size: int, kind: str, split: str, engine: 
         raise ValueError(f"tokenizer engine {engine!r} is unknown; use {' or '.join(ENGINES[kind])}")
     splitter(split)  # refuses an unknown name
     learned = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}[kind](texts, vocab_size, split, engine, progress)
-    if (size := learned.get_vocab_size()) != vocab_size:
+    size = learned.get_vocab_size()
+    if size > vocab_size:
+        raise ValueError(f"vocab_size = {vocab_size} cannot hold the text's characters: it must be at least {size}")
+    if size < vocab_size:
         raise ValueError(f"the text yields a vocabulary of {size}, not {vocab_size}: give more text or ask for less")
     return learned
 
@@ -86,8 +89,18 @@ def _unigram(texts: Iterable[str], vocab_size: int, split: str, engine: str, pro
         spelling = set().union(*unigram.BYTES, *SPECIALS)  # text that spells a control token must have pieces of its own
         learner = Library(models.Unigram())
         learner.pre_tokenizer = pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")
-        learner.train_from_iterator(texts, trainers.UnigramTrainer(
-            vocab_size=size - len(unigram.BYTES), initial_alphabet=sorted(spelling), special_tokens=[], show_progress=False))  # fmt: skip
+        trainer = trainers.UnigramTrainer(
+            vocab_size=size - len(unigram.BYTES), initial_alphabet=sorted(spelling), special_tokens=[], show_progress=False
+        )
+        try:
+            learner.train_from_iterator(texts, trainer)
+        except Exception as error:  # the library raises bare Exception
+            if "not large enough" not in str(error):
+                raise
+            raise ValueError(
+                f"vocab_size = {vocab_size} cannot hold {len(SPECIALS) + 256} control tokens and bytes and the text's characters: "
+                "raise it, or take engine handwritten, which leaves the rarest characters to bytes"
+            ) from error
         learned = json.loads(learner.to_str())["model"]["vocab"]
         pieces = [*((name, 0.0) for name in unigram.BYTES), *((piece, score) for piece, score in learned)]
     return Unigram(pieces, split=split, first_id=len(SPECIALS)).to_library(SPECIALS)

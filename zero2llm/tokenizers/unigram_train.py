@@ -63,8 +63,8 @@ def train_unigram(
     room = vocab_size - len(control)
     if room < len(required):
         raise ValueError(
-            f"vocab_size = {vocab_size} cannot hold {len(control)} control pieces and {len(required)} characters: raise it, or "
-            f"lower coverage ({coverage})"
+            f"{vocab_size} entries beside control tokens cannot hold {len(control)} control pieces and {len(required)} characters: "
+            f"raise vocab_size by {len(required) - room}, or lower train_unigram's coverage ({coverage})"
         )
     state = seed(words, chars, longest, seed_size)
     if state is not None:

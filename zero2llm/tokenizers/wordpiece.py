@@ -83,8 +83,8 @@ def train_wordpiece(
     vocab = [UNKNOWN, *sorted(chars), *(INSIDE + char for char in sorted(inside))]
     if len(vocab) > vocab_size:
         raise ValueError(
-            f"vocab_size = {vocab_size} cannot hold the {len(vocab)} entries that [UNK] and {len(chars)} characters need: "
-            f"raise it or set max_alphabet below {len(chars)}"
+            f"{vocab_size} entries beside control tokens cannot hold the {len(vocab)} that [UNK] and {len(chars)} characters need: "
+            f"raise vocab_size by {len(vocab) - vocab_size}, or set train_wordpiece's max_alphabet below {len(chars)}"
         )
     ids = {piece: i for i, piece in enumerate(vocab)}
     pieces = (([ids[c if i == 0 else INSIDE + c] for i, c in enumerate(word)], n) for word, n in words.items())

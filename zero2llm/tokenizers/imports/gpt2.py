@@ -14,7 +14,7 @@ from tokenizers import AddedToken, models
 from zero2llm.core.files import read_json
 from zero2llm.tokenizers.fast import shell
 from zero2llm.tokenizers.imports.found import Found
-from zero2llm.tokenizers.special import guess_roles
+from zero2llm.tokenizers.special import SPECIALS, guess_roles
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -36,5 +36,6 @@ def read_gpt2(folder: Path, names: tuple[str, str], split: str | None, eos: str 
         merges.append((pair[0], pair[1]))
     library = shell(models.BPE(vocab=vocab, merges=merges), split or "gpt2")
     roles = guess_roles(list(vocab), {"eos": eos} if eos else {})
-    library.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in dict.fromkeys([roles.eos, roles.bos, *roles.stops])])
+    control = dict.fromkeys([roles.eos, roles.bos, *roles.stops, *(s for s in SPECIALS if s in vocab)])
+    library.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in control])
     return Found(library, roles, None)

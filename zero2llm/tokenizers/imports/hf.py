@@ -43,6 +43,7 @@ def _roles(library: Library, config: dict, eos: str | None) -> Roles:
             said[role] = name
     if set(SPECIALS) <= set(vocab) and said.get("eos", OWN.eos) == OWN.eos and said.get("pad", OWN.pad) == OWN.pad:
         return OWN
-    roles = guess_roles(list(vocab), said)
+    added = [token.content for token in library.get_added_tokens_decoder().values()]
+    roles = guess_roles(list(dict.fromkeys([*added, *sorted(vocab, key=vocab.__getitem__)])), said)
     stops = config.get("stop_tokens")
     return Roles(roles.eos, roles.pad, roles.bos, tuple(stops)) if stops else roles
