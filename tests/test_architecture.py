@@ -21,10 +21,11 @@ ARROWS = {  # folder -> folders that it may import
     "data": {"tokenizers", "core"},
     "optim": {"core"},
     "parallel": {"model", "core"},
-    "train": {"model", "optim", "data", "parallel", "ops", "core"},
+    "adapters": {"layers", "ops", "core"},
+    "train": {"adapters", "model", "optim", "data", "parallel", "ops", "core"},
     "engine": {"model", "tokenizers", "ops", "core"},  # stop strings and streamed text need the tokenizer
     "evals": {"engine", "model", "tokenizers", "data", "core"},
-    "interop": {"model", "layers", "tokenizers", "core"},
+    "interop": {"adapters", "model", "layers", "tokenizers", "core"},
 }
 LONG_FILES: dict[str, str] = {}  # file -> why it may pass 250 lines
 LONG_FUNCTIONS = {"fit": "the loop is one function, read from top to bottom; at most 150 lines"}
@@ -112,6 +113,8 @@ def test_nothing_runs_what_it_reads(word):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func) + "("
+                if called == "torch.load(" and any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords):
+                    continue  # tensors and plain containers only: it builds no other object and calls nothing
                 assert called != word, f"{path}:{node.lineno} calls {word}"
             if isinstance(node, ast.Import | ast.ImportFrom) and word == "pickle":
                 assert "pickle" not in ast.unparse(node), f"{path}:{node.lineno} imports pickle"

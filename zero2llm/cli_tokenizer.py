@@ -97,13 +97,14 @@ def compare(paths: tuple[str, ...], text: tuple[str, ...], sample_bytes: int, sp
 @click.option("--out", type=PATH, required=True, help="Folder to write; with --to tiktoken a file.")
 @click.option("--to", default="hf", type=click.Choice(["hf", "tiktoken"]), help="tokenizer.json for transformers, or tiktoken's ranks.")
 @click.option("--eos", help="The token that ends a document, where the files do not say.")
+@click.option("--template", help="Another chat template: a shipped name (chatml, qwen3, llama-3 ...) or a .jinja file.")
 @rule
 @overwrite
-def convert(path: Path, out: Path, to: str, eos: str | None, split: str | None, overwrite: bool) -> None:
+def convert(path: Path, out: Path, to: str, eos: str | None, template: str | None, split: str | None, overwrite: bool) -> None:
     """Write anyone's tokenizer as tokenizer.json (or tiktoken ranks) with the same ids."""
     from zero2llm.lab.tokens import convert_tokenizer
 
-    convert_tokenizer(path, out, to, split, eos, overwrite)
+    convert_tokenizer(path, out, to, split, eos, template, overwrite)
 
 
 @tokenizer.command("add", **HELP)

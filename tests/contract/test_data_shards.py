@@ -23,7 +23,7 @@ from zero2llm.tokenizers.tokenizer import Tokenizer
 class Bytes:
     """A tokenizer of single bytes: id = byte + 2, 0 ends documents and turns, 1 is padding."""
 
-    eos_id, pad_id = 0, 1
+    bos_id, eos_id, pad_id = 0, 0, 1
 
     def __init__(self, vocab_size=258, name="bytes"):
         self.vocab_size, self.name = vocab_size, name

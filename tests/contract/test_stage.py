@@ -122,3 +122,17 @@ def test_compiled_training_equals_eager():
         fit(m, CLM(), Repeat(batch), build_optim(m, AdamWConfig(lr=1e-3)), FitConfig(steps=3, compile=compiled, micro_rows=2))
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tokenizer_without_bytes_and_another_chat_template(tmp_path):
+    write_data(tmp_path / "data")
+    words = {"kind": "wordpiece", "engine": "library", "vocab_size": 77}
+    made = recipe(tmp_path, "pretrain", tokenizer=words)
+    made["model"]["vocab_size"] = 77
+    first = zero2llm.run(zero2llm.make_recipe(**made), quiet=True)
+    assert "valid_ppl" not in first.valid and math.isfinite(first.valid["valid_loss"])
+    sft = recipe(tmp_path, "sft", chat_template="roleless", fit={"steps": 2, "micro_rows": 4})
+    done = zero2llm.run(zero2llm.make_recipe(**sft), quiet=True)
+    assert done.tokenizer.template != first.tokenizer.template and (done.checkpoint / "tokenizer").is_dir()
+    with pytest.raises(ValueError, match="qwen3.*needs the control tokens"):
+        zero2llm.run(zero2llm.make_recipe(**sft | {"chat_template": "qwen3"}), overwrite=True, quiet=True)

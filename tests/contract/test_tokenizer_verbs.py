@@ -289,3 +289,22 @@ def test_a_grown_checkpoint_begins_a_stage(tmp_path):
     assert run("encode", tmp_path / "pretrain", "a whale") == run("encode", tmp_path / "elsewhere", "a whale")
     result = run_stage(load_recipe(write_recipe(tmp_path, "sft", init=str(tmp_path / "more")), ["fit.steps=2"]), quiet=True)
     assert result.model.cfg.vocab_size == 301 == result.tokenizer.vocab_size
+
+
+def test_another_chat_template(folder, tmp_path):
+    more = Tokenizer.load(folder).add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"], special=True)
+    more.save(tmp_path / "more")
+    run("convert", tmp_path / "more", "--template", "qwen3", "--out", tmp_path / "qwen3")
+    assert "tool_call" in Tokenizer.load(tmp_path / "qwen3").template
+    with pytest.raises(ValueError, match="needs the control tokens <think>, "):
+        run("convert", folder, "--template", "qwen3", "--out", tmp_path / "x")
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"own.jinja writes <\|user\|>"):
+        run("convert", folder, "--template", tmp_path / "own.jinja", "--out", tmp_path / "x")
+    with pytest.raises(ValueError, match="no file and none of: chatml"):
+        run("convert", folder, "--template", "qwen9", "--out", tmp_path / "x")
+    gemma = more.add_tokens(["<bos>", "<start_of_turn>", "<end_of_turn>"], special=True)
+    gemma.save(tmp_path / "g")
+    run("convert", tmp_path / "g", "--template", "gemma", "--out", tmp_path / "gemma")
+    again = Tokenizer.load(tmp_path / "gemma")
+    assert again.library.token_to_id("<end_of_turn>") in again.stop_ids and again.stop_ids > more.stop_ids

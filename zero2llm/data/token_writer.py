@@ -25,7 +25,7 @@ class TokenWriter:
     def __init__(self, folder: Path, tokenizer: Tokenizer, limit: int):
         self.folder, self.limit, self.vocab_size = folder, limit, tokenizer.vocab_size
         self.dtype = id_type(tokenizer.vocab_size)
-        self.byte_lengths = np.asarray(tokenizer.byte_lengths(), dtype=np.int64)
+        self.byte_lengths = byte_lengths(tokenizer)
         self.items = self.tokens = self.text_bytes = self.masked = self.extras = self.files = self.here = 0
         self.open: dict[str, Any] = {}
 
@@ -75,7 +75,8 @@ class TokenWriter:
         ends = np.cumsum(lengths, dtype=np.int64)
         self.open["offsets"].write((self.tokens + ends).tobytes())
         self.items, self.tokens = self.items + len(lengths), self.tokens + len(ids)
-        self.text_bytes += int(self.byte_lengths[ids].sum())
+        if len(self.byte_lengths):
+            self.text_bytes += int(self.byte_lengths[ids].sum())
         start = 0
         while start < len(ids):  # as many whole items as the file still takes
             fit = int(np.searchsorted(ends, start + self.limit - self.here, side="right"))
@@ -101,5 +102,13 @@ class TokenWriter:
             if not found:
                 for path in self.folder.glob(files):
                     path.unlink()
-        counts = {"dtype": self.dtype.name, "items": n, "tokens": self.tokens, "text_bytes": self.text_bytes}
+        counts = {"dtype": self.dtype.name, "items": n, "tokens": self.tokens, "text_bytes": self.text_bytes or None}
         return counts | {"files": self.files}
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes each token stands for; empty where that is not defined (WordPiece)."""
+    try:
+        return np.asarray(tokenizer.byte_lengths(), dtype=np.int64)
+    except ValueError:
+        return np.empty(0, dtype=np.int64)

@@ -60,7 +60,7 @@ class Engine:
     """
 
     def __init__(self, model: LM, tokenizer: Tokenizer, *, max_batch: int = 32, max_len: int | None = None):
-        if tokenizer.vocab_size != model.cfg.vocab_size:
+        if tokenizer.vocab_size > model.cfg.vocab_size:  # fewer: tables are often padded, and padding is never sampled
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.cfg.vocab_size}; use the checkpoint's own"
             )
@@ -84,7 +84,8 @@ class Engine:
         if len(ids) >= self.max_len:
             raise ValueError(f"the prompt has {len(ids)} tokens, the model reads {self.max_len}: shorten it")
         generator = torch.Generator().manual_seed(self.count if sampling.seed is None else sampling.seed)
-        self.waiting.append(Request(self.count, ids, sampling, generator, stream=self.tokenizer.stream()))
+        stream = self.tokenizer.stream(begins=ids[-1] in self.tokenizer.special_ids)
+        self.waiting.append(Request(self.count, ids, sampling, generator, stream=stream))
         self.count += 1
         return self.count - 1
 
@@ -130,6 +131,7 @@ class Engine:
     def _sample(self, logits: Tensor) -> Tensor:
         """One token per running request; the truncations differ by request, so rows are handled in groups."""
         asked = [r.sampling for r in self.running]
+        logits[:, self.tokenizer.vocab_size :] = -float("inf")
         if any(s.repetition_penalty != 1.0 for s in asked):
             penalty = torch.tensor([s.repetition_penalty for s in asked], device=logits.device)
             logits = repetition_penalty(logits, self.seen, penalty)

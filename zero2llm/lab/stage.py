@@ -18,10 +18,11 @@ from zero2llm.core.seeds import seed_all
 from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
 from zero2llm.lab.recipe import Recipe
-from zero2llm.lab.sets import Sets, build_sets, build_tokenizer
+from zero2llm.lab.sets import Sets, build_sets, build_tokenizer, keep_tokenizer
 from zero2llm.model.lm import LM
 from zero2llm.optim.build import build_optim
 from zero2llm.parallel.plan import init_world
+from zero2llm.tokenizers.shipped import with_template
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.checkpoint import Checkpoint, latest
 from zero2llm.train.evaluate import evaluate
@@ -65,6 +66,15 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
 
 def start_model(recipe: Recipe, run: Path) -> tuple[LM, Tokenizer, Path, str | None]:
     """Model, tokenizer, the tokenizer's folder, and the parent checkpoint's path."""
+    model, tokenizer, folder, parent = _model_and_tokenizer(recipe, run)
+    if recipe.chat_template is not None:
+        folder = run / "tokenizer-chat"
+        keep_tokenizer(with_template(tokenizer, recipe.chat_template), folder)
+        tokenizer = Tokenizer.load(folder)
+    return model, tokenizer, folder, parent
+
+
+def _model_and_tokenizer(recipe: Recipe, run: Path) -> tuple[LM, Tokenizer, Path, str | None]:
     if recipe.init is not None:
         parent = Checkpoint.open(recipe.init)
         tokenizer = Tokenizer.load(parent.tokenizer_dir)
@@ -104,7 +114,8 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
         state = found.restore(model, optim, sets.train)
         console().print(f"resuming {run} at step {state.step} of {steps}", markup=False)
     telemetry = Telemetry(run, recipe.objective.kind, steps, start_step=state.step, tensorboard=recipe.log.tensorboard, quiet=quiet) if world.rank == 0 else None  # fmt: skip
-    lengths = torch.tensor(tokenizer.byte_lengths()) if recipe.objective.kind != "dpo" else None
+    countable = recipe.objective.kind != "dpo" and tokenizer.nature.form != "text"  # bits per byte need bytes
+    lengths = torch.tensor(tokenizer.byte_lengths()) if countable else None
     validate = Validate(lambda: _measure(model, objective, sets, recipe, lengths), recipe.eval.every, steps, telemetry)
     what = {"model": model, "tokenizer_dir": tokenizer_dir, "optim": optim, "batches": sets.train, "parent": parent}
     save = Save(run, recipe.save.every_s, recipe.save.keep, steps, validate, **what)

@@ -16,6 +16,7 @@ from zero2llm.lab.data_tools import tell_bad
 from zero2llm.lab.talk import find_checkpoint
 from zero2llm.model.resize import resized
 from zero2llm.tokenizers.exports import write_ranks
+from zero2llm.tokenizers.shipped import with_template
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.checkpoint import FORMAT
 
@@ -86,9 +87,11 @@ def add_tokens(checkpoint: Path, names: list[str], out: Path, special: bool, ove
     console().print("train it on text that holds them: until then they mean nothing to the model", style="dim", markup=False)
 
 
-def convert_tokenizer(path: Path, out: Path, to: str, split: str | None, eos: str | None, overwrite: bool) -> None:
+def convert_tokenizer(path: Path, out: Path, to: str, split: str | None, eos: str | None, template: str | None,
+                      overwrite: bool) -> None:  # fmt: skip
     """Write it as a folder that transformers opens, or as tiktoken's ranks. Raises ValueError if that cannot say the same."""
     tokenizer = open_tokenizer(path, split, eos)
+    tokenizer = with_template(tokenizer, template) if template else tokenizer
     if to == "hf":
         with new_folder(out, overwrite) as part:
             tokenizer.save(part)

@@ -53,10 +53,10 @@ class Decoder:
 class StreamDecoder:
     """Text piece by piece: never half a character. All pieces together equal `Decoder.decode`."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, begins: bool = True):
         self.decoder = decoder
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.began = not decoder.nature.drops_blank  # the blank that was put before the text is not part of it
+        self.began = not (begins and decoder.nature.drops_blank)  # the blank that was put before the text is not part of it
         self.ids: list[int] = []  # so far, and what was said of them, where only whole texts can be decoded
         self.said = ""
 

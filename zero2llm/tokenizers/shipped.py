@@ -8,10 +8,15 @@ are read from the tokenizer folder they come in: foreign.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 
 from zero2llm.tokenizers.chat import chatml
+from zero2llm.tokenizers.tokenizer import Tokenizer
+
+MARK = re.compile(r"<\|[\w ]+\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")  # how control tokens are usually written
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,21 @@ def check_controls(name: str, has: frozenset[str]) -> None:
             f"the chat template {name!r} needs the control tokens {', '.join(missing)}, which this tokenizer lacks; "
             "add them to the tokenizer or choose another template"
         )
+
+
+def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer with another chat template: one of `SHIPPED` by name, or a .jinja file. Its end of turn stops generation.
+
+    Raises ValueError if there is none, or it writes control tokens that the tokenizer lacks: they would become plain text.
+    """
+    controls, stops = frozenset(tokenizer.specials), tokenizer.roles.stops
+    if template in SHIPPED:
+        check_controls(template, controls)
+        text, stops = shipped(template), tuple(dict.fromkeys([*stops, SHIPPED[template].end]))
+    elif Path(template).is_file():
+        text = Path(template).read_text(encoding="utf-8")
+        if missing := sorted(set(MARK.findall(text)) - controls):
+            raise ValueError(f"{template} writes {', '.join(missing)}, which this tokenizer does not have as control tokens; add them first")
+    else:
+        raise ValueError(f"chat template {template!r} is no file and none of: {', '.join(SHIPPED)}")
+    return Tokenizer(tokenizer.library, text, replace(tokenizer.roles, stops=stops))

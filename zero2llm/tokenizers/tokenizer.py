@@ -168,8 +168,9 @@ class Tokenizer:
         """A token as a person reads it."""
         return readable(self.token_bytes(token))
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self.decoder)
+    def stream(self, begins: bool = True) -> StreamDecoder:
+        """``begins``: a text begins here, behind a control token or nothing; otherwise one goes on."""
+        return StreamDecoder(self.decoder, begins)
 
     @property
     def split(self) -> str | None:

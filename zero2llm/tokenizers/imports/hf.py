@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer as Library
@@ -42,7 +43,7 @@ def _roles(library: Library, config: dict, eos: str | None) -> Roles:
         if name is not None and role not in said:
             said[role] = name
     if set(SPECIALS) <= set(vocab) and said.get("eos", OWN.eos) == OWN.eos and said.get("pad", OWN.pad) == OWN.pad:
-        return OWN
+        return replace(OWN, stops=tuple(config.get("stop_tokens") or OWN.stops))
     added = [token.content for token in library.get_added_tokens_decoder().values()]
     roles = guess_roles(list(dict.fromkeys([*added, *sorted(vocab, key=vocab.__getitem__)])), said)
     stops = config.get("stop_tokens")
