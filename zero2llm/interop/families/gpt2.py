@@ -13,24 +13,27 @@ from zero2llm.layers.norms.layer import LayerNormConfig
 from zero2llm.layers.positions.learned import LearnedConfig
 from zero2llm.model.spec import LayerPattern, LayerSpec, ModelConfig
 
+ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu"}  # ours -> theirs: GPT-2's tanh form, nanoGPT's exact one
+
 
 def write(cfg: ModelConfig) -> dict:
     spec = cfg.specs()[0]
     return {
         "n_embd": cfg.d_model, "n_layer": len(cfg.specs()), "n_head": spec.mixer.n_heads, "n_positions": cfg.max_len,
-        "n_ctx": cfg.max_len, "n_inner": spec.ffn.hidden, "activation_function": "gelu_new",
+        "n_ctx": cfg.max_len, "n_inner": spec.ffn.hidden, "activation_function": ACTIVATIONS.get(spec.ffn.act, "gelu_new"),
         "layer_norm_epsilon": spec.norm.eps, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
     }  # fmt: skip
 
 
 def read(data: dict) -> ModelConfig:
     refuse(data, {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,), "add_cross_attention": (False,),
     })  # fmt: skip
     d, norm = data["n_embd"], LayerNormConfig(eps=data.get("layer_norm_epsilon", 1e-5))
     mixer = GQAConfig(n_heads=data["n_head"], qkv_bias=True, out_bias=True)
-    spec = LayerSpec(mixer=mixer, ffn=MLPConfig(hidden=data.get("n_inner") or 4 * d), norm=norm)
+    act = "gelu_erf" if data.get("activation_function") == "gelu" else "gelu"
+    spec = LayerSpec(mixer=mixer, ffn=MLPConfig(hidden=data.get("n_inner") or 4 * d, act=act), norm=norm)
     return ModelConfig(
         vocab_size=data["vocab_size"], d_model=d, max_len=data.get("n_positions", 1024), blocks={"gpt2": spec},
         layers=LayerPattern(pattern=["gpt2"], repeat=data["n_layer"]), position=LearnedConfig(), final_norm=norm, tie_embeddings=True,
