@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from zero2llm.core.log import console, err_console
+
 torch.set_num_threads(1)
 FOUND: dict[str, dict] = {}
 
@@ -27,6 +29,8 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    console.cache_clear()  # its width is read from the environment once
+    err_console.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -169,7 +169,8 @@ def test_items_over_several_files(make):
 
 def test_a_bare_stream_of_ids(tmp_path):
     file, tokenizer = tmp_path / "train.bin", Ids()
-    tokenizer.eos_id, tokenizer.vocab_size = EOS, 50
+    tokenizer.bos_id = tokenizer.eos_id = EOS
+    tokenizer.vocab_size = 50
     np.asarray([5, 6, EOS, EOS, 7, EOS, 8, 9], dtype=np.uint16).tofile(file)
     assert [ids for ids, _ in stream_items(file, tokenizer)] == [[EOS, 5, 6], [EOS, 7], [EOS, 8, 9]]
     tokenizer.vocab_size = 9

@@ -152,7 +152,7 @@ def fixed(ruler: Ruler, span: Span, size: int, overlap: int) -> list[Span]:
     while start < last:
         end = min(max(ruler.move(start, size), start + 1), last)
         out.append((start, end))
-        start = max(ruler.move(end, -overlap), start + 1) if end < last else last
+        start = max(min(ruler.move(end, -overlap), end), start + 1) if end < last else last  # a token may reach beyond end
     return out
 
 
