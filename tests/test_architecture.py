@@ -22,7 +22,7 @@ ARROWS = {  # folder -> folders that it may import
     "optim": {"core"},
     "parallel": {"model", "core"},
     "adapters": {"layers", "ops", "core"},
-    "train": {"adapters", "model", "optim", "data", "parallel", "ops", "core"},
+    "train": {"adapters", "layers", "model", "optim", "data", "parallel", "ops", "core"},
     "engine": {"model", "tokenizers", "ops", "core"},  # stop strings and streamed text need the tokenizer
     "evals": {"engine", "model", "tokenizers", "data", "core"},
     "interop": {"adapters", "model", "layers", "tokenizers", "core"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from zero2llm.cli_data import data
+from zero2llm.cli_models import VERBS
 from zero2llm.cli_tokenizer import tokenizer
 
 HELP = {"context_settings": {"help_option_names": ["-h", "--help"], "show_default": True}}
@@ -127,18 +128,6 @@ def chat(checkpoint: Path, system: str | None, device: str, **sampling) -> None:
 
 
 @app.command(**HELP)
-@click.argument("checkpoint", type=PATH)
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
-@click.option("--to", default="hf", help="Format: hf (a folder that transformers and vLLM open).")
-@overwrite
-def export(checkpoint: Path, out: Path, to: str, overwrite: bool) -> None:
-    """Write the model in CHECKPOINT in a format that other programs open."""
-    from zero2llm.lab.convert import export_checkpoint
-
-    export_checkpoint(checkpoint, out, to, overwrite)
-
-
-@app.command(**HELP)
 @click.argument("recipe", type=PATH, required=False)
 @overrides
 @click.option("--swap", default="mixer=mha,gqa,mqa,window,retnet",
@@ -201,8 +190,8 @@ def schema(of_data: bool, out: Path | None) -> None:
         click.echo(f"wrote {out}")
 
 
-app.add_command(data)
-app.add_command(tokenizer)
+for verb in (data, tokenizer, *VERBS):
+    app.add_command(verb)
 
 
 def main() -> None:

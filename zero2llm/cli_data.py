@@ -175,3 +175,20 @@ def sample(source: Source, out: Path, n: int | None, share: float | None, seed: 
     from zero2llm.lab.data_tools import sample_files
 
     sample_files(source, out, n, share, seed, skip_bad_records, overwrite)
+
+
+@data.command(**HELP)
+@click.option("--name", required=True, help="What the model shall call itself.")
+@click.option("--by", required=True, help="Who made it: a person or a team.")
+@click.option("--out", type=PATH, required=True, help="File of conversations to write; the held-out ones go to NAME-valid beside it.")
+@click.option("--n", default=240, help="Conversations to train on.")
+@click.option("--n-valid", default=40, help="Held-out conversations: other wordings of the same questions.")
+@click.option("--lang", "langs", type=click.Choice(["en", "zh"]), multiple=True, default=["en", "zh"], help="May be repeated.")
+@click.option("--ordinary", default=0.33, help="Share of questions about other things, so that the model does not say its name to everything.")
+@seed
+@overwrite
+def identity(name: str, by: str, out: Path, n: int, n_valid: int, langs: tuple[str, ...], ordinary: float, seed: int, overwrite: bool) -> None:
+    """Write conversations in which the model says who it is: what the recipe sft-identity trains on."""
+    from zero2llm.lab.identity import write_identity
+
+    write_identity(out, name, by, n, n_valid, langs, ordinary, seed, overwrite)

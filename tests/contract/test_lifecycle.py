@@ -48,7 +48,7 @@ def test_every_part_left_its_result(out):
 
 
 def test_the_export_opens_in_transformers(out):
-    from zero2llm.interop.hf import verify_hf
+    from zero2llm.interop.verify import verify_hf
     from zero2llm.lab.talk import load_engine
 
     engine = load_engine(out, "cpu")

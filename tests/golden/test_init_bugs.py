@@ -140,8 +140,8 @@ def output_multiplier_upside_down(patch):
 def optim_with(patch, change):
     right = build.OptimizerSet.__init__
 
-    def wrong(self, model, cfg, matrix_lr=1.0):
-        right(self, model, cfg, matrix_lr)
+    def wrong(self, model, cfg, matrix_lr=1.0, rates=None):
+        right(self, model, cfg, matrix_lr, rates)
         for group in self.groups:
             change(self, group, matrix_lr)
 

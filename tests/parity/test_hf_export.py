@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.parity.test_hf import OURS, edit, randomise
 from zero2llm.core.files import save_tensors
-from zero2llm.interop.hf import export_hf, load_hf, to_hf_config, to_hf_tensors, verify_hf
+from zero2llm.interop.hf import export_hf, load_hf, to_hf_config, to_hf_tensors
+from zero2llm.interop.verify import verify_hf
 from zero2llm.model.lm import LM
 from zero2llm.model.presets import gpt2, llama, qwen3
 from zero2llm.tokenizers.tokenizer import Tokenizer

@@ -3,8 +3,8 @@
 An item is (ids, mask) or (ids, mask, extra), extra being what else belongs to it as a JSON object: {"label": true} of a
 judged answer, {"answer": ...} or {"gt": [...]} of a prompt, {"images": [...]} of a picture.
 
-Too long: whole turns go from the end, as long as an answer remains. A side of a pair, a judged answer and a prompt are
-never cut: what is left would be another answer, or another question.
+Too long: whole turns go (fitting.py). A side of a pair, a judged answer and a prompt are never cut: what is left would be
+another answer, or another question.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from zero2llm.data.fitting import Marked, TooLong, fitted
 from zero2llm.data.pictures import IMAGE_MARK
 from zero2llm.data.schemas import Conversation, Judged, Message, Pictured, Preference, Prompt
 from zero2llm.data.sources import BadRecords
 from zero2llm.data.token_writer import Item
+from zero2llm.data.trained import LEFT_OUT, TrainOn, left_out, marked
 from zero2llm.tokenizers.chat import Style, render_ids
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
 IMAGE = "\U0010fff3"  # stands for a picture while the text is rendered; a private character
-Marked = tuple[list[int], list[int]]
 
 
 def rendered(
@@ -30,6 +31,7 @@ def rendered(
     style: Style | None = None, image: Sequence[int] | None = None,
 ) -> Marked:  # fmt: skip
     """Ids and mask. ``prompt``: the model's turn comes next. ``image``: the ids that stand for one picture."""
+    messages = [{k: v for k, v in m.items() if k != LEFT_OUT} for m in messages]
     if tools:  # they ride on the first message as far as the template
         messages = [{**messages[0], "tools": tools}, *messages[1:]]
     if image is None:
@@ -51,50 +53,46 @@ def conversation_item(
     max_len: int,
     style: Style | None = None,
     notes: Counter[str] | None = None,
+    *,
+    too_long: TooLong = "turns",
+    train_on: TrainOn = "assistant",
 ) -> Marked:
-    """Ids and mask of one conversation. Too long: whole trailing turns go, as long as an answer remains.
+    """Ids and mask of one conversation; what goes where it is too long stands in fitting.py, what is trained in trained.py.
 
-    ``notes`` counts what is not trained: turns that went, and answers that the template shows otherwise than they were
-    given. Raises ValueError if nothing trainable fits.
+    ``notes`` counts what is not trained: turns that went, answers that the record or ``train_on`` leaves out, and answers
+    that the template shows otherwise than they were given. Raises ValueError if nothing trainable fits.
     """
     tools = messages.tools if isinstance(messages, Conversation) else None
-    return _fitting(messages, partial(rendered, tokenizer=tokenizer, tools=tools, style=style), max_len, notes)
+    render = partial(rendered, tokenizer=tokenizer, tools=tools, style=style)
+    turns, item = fitted(messages, lambda some: marked(some, render, train_on), max_len, too_long)
+    if notes is not None:
+        _count(notes, messages, turns, item[1], train_on)
+    return item
 
 
-def _fitting(
-    messages: list[Message], render: Callable[[list], Marked], max_len: int, notes: Counter[str] | None
-) -> Marked:
-    turns, ids = list(messages), []
-    while turns:
-        ids, mask = render(turns)
-        if not any(mask):
-            raise ValueError(
-                "nothing in it is trained: no assistant message, or a template without {% generation %} that shows "
-                "answers otherwise than they were given"
-            )
-        if len(ids) <= max_len:
-            if notes is not None:
-                _count(notes, messages, turns, mask)
-            return ids, mask
-        turns.pop()
-        while turns and turns[-1]["role"] != "assistant":
-            turns.pop()
-    raise ValueError(f"no answer fits into {max_len} tokens (the first ends at {len(ids)}); raise seq_len")
-
-
-def _count(notes: Counter[str], messages: list[Message], turns: list[Message], mask: list[int]) -> None:
+def _count(
+    notes: Counter[str], messages: list[Message], turns: list[Message], mask: list[int], train_on: TrainOn
+) -> None:
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    asked = [turn for turn in (answers[-1:] if train_on == "last" else answers) if not left_out(turn)]
     trained = sum(now > before for before, now in zip([0, *mask], mask, strict=False))
-    answers = sum(turn["role"] == "assistant" for turn in turns)
-    gone = {"turns that did not fit": len(messages) - len(turns), "answers not trained": max(answers - trained, 0)}
+    gone = {
+        "turns that did not fit": len(messages) - len(turns),
+        "answers left out by their record": sum(map(left_out, answers)),
+        "answers before the last": len(answers) - 1 if train_on == "last" else 0,
+        "answers not trained": max(len(asked) - trained, 0) if train_on != "all" else 0,
+    }
     notes.update({reason: n for reason, n in gone.items() if n})
 
 
 def conversation_items(
     all_messages: Iterable[list[Message]], tokenizer: Tokenizer, max_len: int, bad: BadRecords,
-    style: Style | None = None, notes: Counter[str] | None = None,
+    style: Style | None = None, notes: Counter[str] | None = None, *, too_long: TooLong = "turns",
+    train_on: TrainOn = "assistant",
 ) -> Iterator[Item]:  # fmt: skip
     """Items of many conversations; those that do not fit are named in ``bad``, never dropped unseen."""
-    make = partial(conversation_item, tokenizer=tokenizer, max_len=max_len, style=style, notes=notes)
+    choice = {"style": style, "notes": notes, "too_long": too_long, "train_on": train_on}
+    make = partial(conversation_item, tokenizer=tokenizer, max_len=max_len, **choice)
     return _each(all_messages, make, bad, "conversation")
 
 
@@ -110,6 +108,12 @@ def _each(records: Iterable[Any], make: Callable[[Any], Any], bad: BadRecords, k
             yield made
 
 
+def _refuse_left_out(messages: Sequence[Message]) -> None:
+    for message in messages:
+        if message["role"] == "assistant" and left_out(message):
+            raise ValueError("train is false in an answer, which only fine-tuning on conversations can honour; remove the key or the answer")
+
+
 def _side(
     prompt: Sequence[Message], answer: Sequence[Message], tools: list[dict] | None, tokenizer: Tokenizer, max_len: int,
     style: Style | None,
@@ -119,6 +123,7 @@ def _side(
     The answer begins where the rendered prompt ends. It is cut before the assistant's header, at a control token,
     because behind it an answer's first characters may melt with the header's line break into one token.
     """
+    _refuse_left_out(answer)
     before, _ = rendered(prompt, tokenizer, tools, style=style)
     ids, mask = rendered([*prompt, *answer], tokenizer, tools, style=style)
     if len(ids) > max_len:
@@ -196,7 +201,8 @@ def image_items(
         if any(IMAGE in m["content"] for m in one.messages):
             raise ValueError("holds a character reserved for rendering (U+10FFF3)")
         turns = [{**m, "content": m["content"].replace(IMAGE_MARK, IMAGE)} for m in one.messages]
-        ids, mask = _fitting(turns, partial(render, tools=one.messages.tools), max_len, None)
+        _refuse_left_out(turns)
+        _, (ids, mask) = fitted(turns, partial(render, tools=one.messages.tools), max_len)
         return ids, mask, {"images": list(one.images[: ids.count(token) // n_tokens])}
 
     return _each(records, item, bad, "picture")

@@ -3,28 +3,22 @@
     config.json  model.safetensors (or shards with an index)  generation_config.json
     tokenizer.json  tokenizer_config.json  chat_template.jinja
 
-Nothing here needs transformers, except `verify_hf`, which asks it for a second opinion.
+Nothing here needs transformers; verify.py asks it for a second opinion.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from zero2llm.core.files import new_folder, read_json, save_tensors
 from zero2llm.core.lazy import lazy, open_tensors
-from zero2llm.core.seq import Seq
 from zero2llm.interop.foreign import check_names, plan
 from zero2llm.interop.hf_config import family, from_hf_config, to_hf_config
-from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
-from zero2llm.tokenizers.chat import Message
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
 GENERATION_KEYS = {
@@ -123,43 +117,3 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     cfg = from_hf_config(data)
     made = plan(open_tensors(Path(folder)), cfg, data["model_type"], str(folder))
     return cfg, dict(zip(made.ours(), (tensor for part in made.parts() for tensor in part), strict=True))
-
-
-@dataclass(frozen=True)
-class Verification:
-    """logit_diff : max |ours - theirs| over all prompts and chats.  logit_std : spread of ours, to judge it by.
-    ids_equal, chat_equal : both tokenizers give the same ids for every prompt, the same text and ids for every chat.
-    """
-
-    logit_diff: float
-    logit_std: float
-    ids_equal: bool
-    chat_equal: bool
-
-
-def verify_hf(folder: Path, model: LM, tokenizer: Tokenizer, prompts: Sequence[str], chats: Sequence[list[Message]] = ()) -> Verification:  # fmt: skip
-    """Open an exported folder with transformers and compare it with ``model``, in fp32 on the CPU.
-
-    Raises ValueError if transformers is not installed.
-    """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ValueError("checking an export needs transformers: pip install 'zero2llm[test]'") from error
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    other = AutoTokenizer.from_pretrained(folder)
-    texts, rendered = [tokenizer.encode(p) for p in prompts], [tokenizer.render(c, True)[0] for c in chats]
-    same_ids = texts == [other.encode(p, add_special_tokens=False) for p in prompts]
-    template = lambda chat: other.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    same_chat = all(
-        tokenizer.render_text(chat, True) == template(chat)
-        and ids == other.encode(template(chat), add_special_tokens=False)
-        for chat, ids in zip(chats, rendered, strict=True)
-    )
-    ours = LM.clone(model).cpu().float()
-    diff, logits = 0.0, []
-    with torch.no_grad():
-        for row in (torch.tensor([ids]) for ids in texts + rendered):
-            logits.append(ours.logits(ours(row, Seq.rows(*row.shape))[0]))
-            diff = max(diff, (logits[-1] - theirs(row, use_cache=False).logits).abs().max().item())
-    return Verification(diff, torch.cat(logits, 1).std().item(), same_ids, same_chat)

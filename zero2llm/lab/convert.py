@@ -1,22 +1,95 @@
-"""Hand a checkpoint to other programs."""
+"""Hand a checkpoint to other programs, and make an adapter and its base one model."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from zero2llm.core.files import read_json
 from zero2llm.core.log import console
-from zero2llm.interop.hf import export_hf
+from zero2llm.interop.gguf.write import FILE_TYPES, export_gguf, plan_gguf
+from zero2llm.interop.hf import GENERATION_KEYS, export_hf
+from zero2llm.interop.onnx import export_onnx
+from zero2llm.interop.peft.write import save_peft
 from zero2llm.lab.talk import find_checkpoint
+from zero2llm.train.checkpoint import Checkpoint, save_model
 
 
-def export_checkpoint(checkpoint: Path, out: Path, to: str = "hf", overwrite: bool = False) -> Path:
-    """Write ``checkpoint`` in the format ``to``. Raises ValueError for an unknown format, or a model without counterpart."""
-    if to != "hf":
-        raise ValueError(f"--to {to!r} is not available; this version writes: hf")
-    source = find_checkpoint(checkpoint)
-    model = source.load_model()
-    export_hf(model.state_dict(), model.cfg, source.tokenizer_dir, out, overwrite=overwrite)
-    console().print(
-        f"wrote {out}: open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})", markup=False
-    )
+def export_checkpoint(path: Path, out: Path, to: str = "hf", *, kind: str | None = None, base: str | None = None,
+                      model_type: str | None = None, overwrite: bool = False) -> Path:  # fmt: skip
+    """Write the checkpoint in the format ``to``: hf, gguf, peft or onnx.
+
+    kind : how a GGUF stores weights; None = f16.  base : of an adapter, where its base lies (hf, gguf, onnx), or what
+    peft shall load it onto.  model_type : the family, where several of transformers compute the same.
+    Raises ValueError, before anything is written, for a format or a part of the model without counterpart.
+    """
+    if to not in WRITERS:
+        raise ValueError(f"--to {to!r} is not available; there are: {', '.join(WRITERS)}")
+    if kind is not None and to != "gguf":
+        raise ValueError(f"--type {kind} is how a GGUF stores weights; --to {to} keeps them as they are")
+    source = find_checkpoint(path)
+    WRITERS[to](source, out, kind, base, model_type, overwrite)
     return out
+
+
+def _hf(source: Checkpoint, out: Path, kind: None, base: str | None, model_type: str | None, overwrite: bool) -> None:
+    model = source.load_model(base)
+    given = source.path / "generation_config.json"
+    generation = {key: value for key, value in read_json(given).items() if key in GENERATION_KEYS} if given.is_file() else {}
+    export_hf(model.state_dict(), model.cfg, source.tokenizer_dir, out, generation, overwrite=overwrite, model_type=model_type)
+    _say(f"wrote {out}: open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+def _gguf(source: Checkpoint, out: Path, kind: str | None, base: str | None, model_type: str | None, overwrite: bool) -> None:
+    if out.suffix != ".gguf":
+        raise ValueError(f"--out {out}: a GGUF is one file; give it a name that ends in .gguf")
+    model, kind = source.load_model(base), kind or "f16"
+    if kind not in FILE_TYPES:
+        raise ValueError(f"--type {kind!r} is not available; there are: {', '.join(FILE_TYPES)}")
+    asked = {"name": out.stem, "model_type": model_type}
+    notes = plan_gguf(model.state_dict(), model.cfg, source.tokenizer_dir, kind, **asked).notes
+    export_gguf(model.state_dict(), model.cfg, source.tokenizer_dir, out, kind, overwrite=overwrite, **asked)
+    for note in notes:
+        _say(f"  {note}", "yellow")
+    _say(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB as {kind}: llama-cli -m {out}")
+
+
+def _peft(source: Checkpoint, out: Path, kind: None, base: str | None, model_type: str | None, overwrite: bool) -> None:
+    if source.adapter() is None:
+        raise ValueError(f"{source.path} is a whole model, not an adapter; export it with --to hf or --to gguf")
+    if base is None:
+        raise ValueError("--to peft needs --base: what peft shall load the adapter onto, a hub id or a folder of transformers")
+    save_peft(source.load_adapted(), out, base, model_type=model_type, overwrite=overwrite)
+    _say(f"wrote {out}: open it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+
+
+def _onnx(source: Checkpoint, out: Path, kind: None, base: str | None, model_type: str | None, overwrite: bool) -> None:
+    if model_type is not None:
+        raise ValueError(f"--model-type {model_type} is a family of transformers; an ONNX file holds the computation itself")
+    model = source.load_model(base)
+    export_onnx(model, model.cfg, source.tokenizer_dir, out, overwrite)
+    _say(f"wrote {out}: open {out / 'model.onnx'} with onnxruntime; tokens (batch, length) -> logits (batch, length, {model.cfg.vocab_size})")
+
+
+WRITERS: dict[str, Callable] = {"hf": _hf, "gguf": _gguf, "peft": _peft, "onnx": _onnx}
+
+
+def merge_checkpoint(path: Path, out: Path, base: str | None = None, overwrite: bool = False) -> Path:
+    """An adapter and its base as one whole checkpoint. Raises ValueError if ``path`` is none, or its base is gone."""
+    source = find_checkpoint(path)
+    if source.adapter() is None:
+        raise ValueError(f"{source.path} is a whole model already; there is nothing to merge")
+    model = source.load_model(base)
+
+    def save_tokenizer(folder: Path) -> None:
+        shutil.copytree(source.tokenizer_dir, folder)
+
+    save_model(model, save_tokenizer, out, source, overwrite)
+    _say(f"wrote {out}: {json.dumps(source.adapter().config.kind)} merged into {base or source.adapter().base}")
+    return out
+
+
+def _say(text: str, style: str | None = None) -> None:
+    console().print(text, style=style, markup=False, soft_wrap=True)

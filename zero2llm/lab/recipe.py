@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from zero2llm.adapters.config import AdapterConfig
 from zero2llm.core.config import by_kind, config, json_schema, parse, read_yaml, to_dict
 from zero2llm.model.presets import PRESETS, preset
 from zero2llm.model.spec import ModelConfig
@@ -69,6 +70,8 @@ class DataConfig:
     sft_schema: Literal["conversation", "single-turn", "agent"] | None = None  # None = told by each record's own keys
     template_names: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the chat template may read: {keep_thinking: true}
     train_thinking: bool = True  # whether what stands between <think> and </think> is part of the loss
+    train_on: Literal["assistant", "last", "all"] = "assistant"  # SFT: every answer, the last alone, or every token
+    too_long: Literal["turns", "start", "refuse"] = "turns"  # SFT: what goes of a conversation longer than seq_len (data/fitting.py)
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +86,10 @@ class DataConfig:
         for turn in self.curriculum:
             if unknown := set(turn.weights) - set(names):
                 raise ValueError(f"data.curriculum: {', '.join(sorted(unknown))} is none of the sources {', '.join(names)}")
+        if self.train_on == "last" and self.too_long == "turns":
+            raise ValueError("data.train_on: last trains the very answer that data.too_long: turns drops; take too_long: start or refuse")
+        if self.train_on == "all" and not self.train_thinking:
+            raise ValueError("data.train_on: all trains every token, thoughts too; remove train_thinking: false, or take train_on: assistant")
         if self.valid == ():
             raise ValueError("data.valid is empty; leave the key out to hold out a share of data.train")
         if self.workers is not None and self.workers < 1:
@@ -117,6 +124,9 @@ class Recipe:
     init: str | None = None  # checkpoint or run to start from; then `model` and `tokenizer` are its own
     model: ModelConfig | None = None
     tokenizer: TokenizerConfig | None = None
+    adapter: AdapterConfig | None = None  # train this beside the frozen weights of init; None = train them all
+    quantize: Literal["nf4"] | None = None  # with an adapter: keep the frozen weights in four bits (QLoRA)
+    chat_template: str | None = None  # a shipped name (chatml, qwen3 ...) or a .jinja file; None = the tokenizer's own
     data: DataConfig
     objective: ObjectiveConfig = CLMConfig()
     optim: OptimConfig = AdamWConfig()
@@ -136,6 +146,10 @@ class Recipe:
             raise ValueError("with init the tokenizer is the checkpoint's own; remove the key tokenizer")
         if self.init is None and self.tokenizer is None:
             raise ValueError("key 'tokenizer' is required where the model starts from nothing")
+        if self.adapter is not None and self.init is None:
+            raise ValueError(f"adapter {self.adapter.kind} needs init: the checkpoint whose weights stay as they are")
+        if self.quantize is not None and self.adapter is None:
+            raise ValueError(f"quantize: {self.quantize} is for adapters: weights in four bits cannot be trained; add the key adapter")
         if self.objective.kind != "clm" and (self.data.mixture or self.data.packing != "concat"):
             raise ValueError(f"data.mixture and data.packing are for documents; objective {self.objective.kind} reads whole samples")
         if self.objective.kind == "dpo" and self.init is None:
@@ -190,8 +204,9 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe. Raises ValueError naming file, line, key and the nearest known key."""
-    data, lines = read_yaml(path, overrides)
+    """A YAML file, or the name of a built-in recipe. Raises ValueError naming file, line, key and the nearest known key."""
+    built_in = BUILT_IN / f"{path}.yaml"
+    data, lines = read_yaml(built_in if not Path(path).is_file() and built_in.is_file() else path, overrides)
     try:
         data = expand_preset(data)
     except ValueError as error:

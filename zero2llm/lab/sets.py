@@ -45,16 +45,23 @@ def read_documents(data: DataConfig, paths: tuple[str, ...]) -> tuple[list[str],
 
 def build_tokenizer(cfg: TokenizerConfig, data: DataConfig, run: Path) -> tuple[Tokenizer, Path]:
     """The tokenizer that ``cfg`` names, or one trained on the training documents and kept in ``run/tokenizer``."""
-    if cfg.path is not None:
-        return Tokenizer.load(cfg.path), Path(cfg.path)
     folder = run / "tokenizer"
-    if not folder.is_dir():
+    if cfg.path is not None:
+        keep_tokenizer(Tokenizer.load(cfg.path), folder)
+    elif not folder.is_dir():
         console().print(f"training a tokenizer of {cfg.vocab_size} entries ({cfg.kind}, {cfg.engine})", markup=False)
         texts, _ = read_documents(data, tuple(chain(*member_paths(data).values())))
         with new_folder(folder) as part:
             sample = _sample(texts, cfg.sample_bytes)
             Tokenizer.train(sample, cfg.vocab_size, split=cfg.split, engine=cfg.engine, kind=cfg.kind).save(part)
     return Tokenizer.load(folder), folder
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """In a run's own folder, whatever it came from and whatever else stood beside it there."""
+    if not folder.is_dir():
+        with new_folder(folder) as part:
+            tokenizer.save(part)
 
 
 def _sample(texts: list[str], n_bytes: int | None) -> list[str]:
@@ -73,6 +80,8 @@ def _sample(texts: list[str], n_bytes: int | None) -> list[str]:
 
 def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) -> Sets:
     """Loaders for ``recipe``; token files are made once, by rank 0, and reused while files and options stay the same."""
+    if recipe.objective.kind != "sft" and (recipe.data.train_on, recipe.data.too_long) != ("assistant", "turns"):
+        raise ValueError(f"data.train_on and data.too_long are for objective sft; {recipe.objective.kind} reads no conversations: remove them")
     if world.rank == 0:
         _shards(recipe, tokenizer, run)
     world.barrier()
@@ -99,13 +108,18 @@ def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) ->
 
 def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[list[TokenShards], TokenShards]:
     """Training and validation token files of the recipe, in ``run/data``."""
-    bad, key = BadRecords(skip=recipe.data.skip_bad_records), _key(recipe)
-    if recipe.objective.kind == "clm":
-        train, valid = corpus(recipe, tokenizer, run, key, bad)
-    else:
-        sides = cache(lambda: _sides(recipe, tokenizer, bad))
-        train, valid = [_samples(run / "data" / "train", 0, sides, tokenizer, key, recipe)], None
-        valid = _samples(run / "data" / "valid", 1, sides, tokenizer, key, recipe)
+    bad, key = BadRecords(skip=recipe.data.skip_bad_records), _key(recipe, tokenizer)
+    sides = cache(lambda: _sides(recipe, tokenizer, bad))
+    try:
+        if recipe.objective.kind == "clm":
+            train, valid = corpus(recipe, tokenizer, run, key, bad)
+        else:
+            train = [_samples(run / "data" / "train", 0, sides, tokenizer, key, recipe)]
+            valid = _samples(run / "data" / "valid", 1, sides, tokenizer, key, recipe)
+    except ValueError as error:
+        if not bad.found:
+            raise
+        raise ValueError(f"{error}; {bad.total} bad records were left out, the first: {bad.found[0]}") from None
     if bad.found:
         console().print(
             f"{bad.total} bad records left out; the first: {bad.found[0]}", style="yellow", markup=False
@@ -123,8 +137,8 @@ def _samples(folder: Path, side: int, sides: Callable, tokenizer: Tokenizer, key
     return build_shards(sides()[side], folder, tokenizer=tokenizer, key=key, kind=recipe.objective.kind)
 
 
-def _key(recipe: Recipe) -> str:
-    """Names the data that token files were made from: options, and every file with its size and time."""
+def _key(recipe: Recipe, tokenizer: Tokenizer) -> str:
+    """Names the data that token files were made from: options, every file with its size and time, and the chat template."""
     paths = [*chain(*member_paths(recipe.data).values()), *(recipe.data.valid or ())]
     files = [(str(p), *stamp(p)) for p in expand(paths)]
     data, kind = to_dict(recipe.data), recipe.objective.kind
@@ -132,7 +146,8 @@ def _key(recipe: Recipe) -> str:
         del data[name]
     data["mixture"] = [{key: part[key] for key in ("name", "train")} for part in data["mixture"]]
     length = None if kind == "clm" else recipe.seq_len  # what does not fit is cut or refused there
-    return hashlib.sha256(json.dumps([data, kind, length, files]).encode()).hexdigest()
+    template = [] if kind == "clm" else [tokenizer.template]  # no part of the tokenizer's fingerprint
+    return hashlib.sha256(json.dumps([data, kind, length, files, *template]).encode()).hexdigest()
 
 
 def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Iterable[Item], Iterable[Item]]:
@@ -144,7 +159,7 @@ def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Itera
         return tuple(_tokenized(recipe, tokenizer, records(paths), bad) for paths in (data.train, data.valid))
     sides: tuple[list, list] = ([], [])
     for record in records(data.train):
-        asked = record[0] if recipe.objective.kind == "sft" else record.prompt[-1]
+        asked = next((m for m in record if m["role"] == "user"), record[0]) if recipe.objective.kind == "sft" else record.prompt[-1]
         sides[share(asked["content"]) < data.valid_fraction].append(record)
     if not all(sides):
         raise ValueError(
@@ -161,6 +176,7 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, records: Iterable, bad: Bad
         yield from pair_items(records, tokenizer, recipe.seq_len, bad, style)
         return
     notes: Counter[str] = Counter()
-    yield from conversation_items(records, tokenizer, recipe.seq_len, bad, style, notes)
+    choice = {"too_long": recipe.data.too_long, "train_on": recipe.data.train_on}
+    yield from conversation_items(records, tokenizer, recipe.seq_len, bad, style, notes, **choice)
     if notes:
         console().print(", ".join(f"{what}: {n}" for what, n in sorted(notes.items())), style="yellow", markup=False)

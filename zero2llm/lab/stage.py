@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.markdown import Markdown
 from torch import Tensor
 
+from zero2llm.adapters.adalora import after_step
+from zero2llm.adapters.table import lines
+from zero2llm.adapters.wrap import lr_multipliers, unwrap
 from zero2llm.core.config import to_dict
 from zero2llm.core.device import pick_device
 from zero2llm.core.files import read_json, write_atomic
@@ -24,10 +28,12 @@ from zero2llm.optim.build import build_optim
 from zero2llm.parallel.plan import init_world
 from zero2llm.tokenizers.shipped import with_template
 from zero2llm.tokenizers.tokenizer import Tokenizer
+from zero2llm.train.adapted import AdapterRun, Undressed, dress, weights_hash, with_penalty
 from zero2llm.train.checkpoint import Checkpoint, latest
 from zero2llm.train.evaluate import evaluate
 from zero2llm.train.fit import FitState, fit
 from zero2llm.train.hooks import Save, Validate
+from zero2llm.train.loss import Objective
 from zero2llm.train.telemetry import Telemetry
 
 
@@ -105,30 +111,63 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     seed_all(recipe.seed)
     model, tokenizer, tokenizer_dir, parent = start_model(recipe, run)
     sets = build_sets(recipe, tokenizer, run, world)
+    adapter = start_adapter(recipe, model, parent, quiet or world.rank > 0)
     model = model.to(device)
-    optim = build_optim(model, recipe.optim, model.width_ratio)
-    objective = recipe.objective.build(LM.clone(model)) if recipe.objective.kind == "dpo" else recipe.objective.build()
+    optim = build_optim(model, recipe.optim, model.width_ratio, lr_multipliers(model))
+    objective = _objective(recipe, model)
     seed_all(recipe.seed + world.rank)
     state, steps = FitState(), recipe.fit.steps
     if resume and (found := latest(run)):
         state = found.restore(model, optim, sets.train)
         console().print(f"resuming {run} at step {state.step} of {steps}", markup=False)
+    if recipe.adapter is not None and recipe.adapter.kind == "adalora":
+        optim.after = lambda: after_step(model, state.step + 1, steps)
     telemetry = Telemetry(run, recipe.objective.kind, steps, start_step=state.step, tensorboard=recipe.log.tensorboard, quiet=quiet) if world.rank == 0 else None  # fmt: skip
     countable = recipe.objective.kind != "dpo" and tokenizer.nature.form != "text"  # bits per byte need bytes
     lengths = torch.tensor(tokenizer.byte_lengths()) if countable else None
     validate = Validate(lambda: _measure(model, objective, sets, recipe, lengths), recipe.eval.every, steps, telemetry)
-    what = {"model": model, "tokenizer_dir": tokenizer_dir, "optim": optim, "batches": sets.train, "parent": parent}
+    what = {"model": model, "tokenizer_dir": tokenizer_dir, "optim": optim, "batches": sets.train, "parent": parent, "adapter": adapter}
     save = Save(run, recipe.save.every_s, recipe.save.keep, steps, validate, **what)
     hooks = (
         [telemetry, validate, _sampler(model, tokenizer, recipe, telemetry), save] if telemetry else [validate, save]
     )
     try:
+        if recipe.init is not None and state.step == 0:
+            validate.now(state)  # what it was before, so that one sees what training brought
         fit(model, objective, sets.train, optim, recipe.fit, state=state, hooks=hooks)
     finally:
         if telemetry:
             telemetry.close()
     final = latest(run)
-    return Result(run, final.path, final.manifest["metrics"], model.eval(), tokenizer)
+    return Result(run, final.path, final.manifest["metrics"], unwrap(model).eval(), tokenizer)
+
+
+def start_adapter(recipe: Recipe, model: LM, parent: str | None, quiet: bool) -> AdapterRun | None:
+    """Put the recipe's adapter on the model and say what it costs; None if it trains all weights.
+
+    Raises ValueError for a target that matches nothing, or an ``init`` that is an adapter itself.
+    """
+    if recipe.adapter is None:
+        return None
+    if recipe.adapter.kind == "adalora":
+        recipe.adapter.check(recipe.fit.steps)
+    base = Checkpoint.open(parent, resuming=False)
+    if base.adapter() is not None:
+        raise ValueError(f"{parent} is an adapter itself; merge it first: zero2llm merge {recipe.init} --out FOLDER")
+    run = AdapterRun(config=recipe.adapter, base=str(base.path.resolve()), base_weights=weights_hash(base.manifest), quantize=recipe.quantize)
+    dress(model, run)
+    if not quiet:
+        console().print(Markdown("\n".join(lines(model))))
+    return run
+
+
+def _objective(recipe: Recipe, model: LM) -> Objective:
+    """DPO's reference is the model as it begins: the base under an adapter, otherwise a copy."""
+    if recipe.objective.kind != "dpo":
+        made = recipe.objective.build()
+    else:
+        made = recipe.objective.build(LM.clone(model) if recipe.adapter is None else Undressed(model))
+    return made if recipe.adapter is None else with_penalty(made, recipe.adapter)
 
 
 def _measure(model: LM, objective, sets: Sets, recipe: Recipe, lengths: Tensor | None) -> dict[str, float]:

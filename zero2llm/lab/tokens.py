@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from zero2llm.core.config import to_dict
-from zero2llm.core.files import hashes, new_folder, save_tensors
+from zero2llm.core.files import new_folder
 from zero2llm.core.log import console
 from zero2llm.data.sources import BadRecords, documents
 from zero2llm.lab.data_tools import tell_bad
@@ -18,7 +16,7 @@ from zero2llm.model.resize import resized
 from zero2llm.tokenizers.exports import write_ranks
 from zero2llm.tokenizers.shipped import with_template
 from zero2llm.tokenizers.tokenizer import Tokenizer
-from zero2llm.train.checkpoint import FORMAT
+from zero2llm.train.checkpoint import save_model
 
 SHADES = ("on grey23", "on dark_blue", "on dark_green", "on dark_magenta")  # neighbours differ
 
@@ -76,12 +74,7 @@ def add_tokens(checkpoint: Path, names: list[str], out: Path, special: bool, ove
     new = old.add_tokens(names, special)
     size = max(model.cfg.vocab_size, new.vocab_size)
     model = resized(model, old.vocab_size, size)
-    with new_folder(out, overwrite) as part:
-        save_tensors(model.state_dict(), part / "model")
-        (part / "config.json").write_text(json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8")
-        new.save(part / "tokenizer")
-        manifest = {"format": FORMAT, "step": source.step, "tokens": source.manifest["tokens"], "parent": str(source.path), "metrics": {}}
-        (part / "manifest.json").write_text(json.dumps(manifest | {"sha256": hashes(part)}, indent=1), "utf-8")
+    save_model(model, new.save, out, source, overwrite)
     first = old.vocab_size
     console().print(f"wrote {out}: {len(names)} tokens, ids {first} to {new.vocab_size - 1}, a vocabulary of {size}", markup=False)
     console().print("train it on text that holds them: until then they mean nothing to the model", style="dim", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import torch
@@ -46,21 +47,28 @@ class OptimizerSet:
 
     matrix_lr : what the learning rate of matrices is multiplied by, and their weight decay divided by, so that a step
     takes away the same share of a weight: an LM's ``width_ratio``, 1 but under muP (2203.03466 table 8).
+    rates : by name, what the learning rate of some vectors is multiplied by (an adapter's B under LoRA+).
+    after : called at the end of each step, while gradients are still there.
     """
 
-    def __init__(self, model: nn.Module, cfg: AdamWConfig | MuonConfig, matrix_lr: float = 1.0):
+    def __init__(self, model: nn.Module, cfg: AdamWConfig | MuonConfig, matrix_lr: float = 1.0,
+                 rates: Mapping[str, float] | None = None):  # fmt: skip
         if isinstance(cfg, MuonConfig) and matrix_lr != 1:
             raise ValueError("init mup scales Adam's learning rates and says nothing about muon: take optim adamw")
         named = split_parameters(model)
         params = {kind: [p for _, p in group] for kind, group in named.items()}
         self.names = {id(p): name for group in named.values() for name, p in group}
-        plain = [{"params": params[kind], "weight_decay": 0.0} for kind in ("embedding", "vector") if params[kind]]
+        self.after: Callable[[], None] | None = None
+        plain = [{"params": params["embedding"], "weight_decay": 0.0}] if params["embedding"] else []
+        plain += [{"params": some, "weight_decay": 0.0, **rate} for rate, some in by_rate(named["vector"], cfg, rates or {})]
         if isinstance(cfg, MuonConfig):
             rest = AdamWConfig(lr=cfg.lr if cfg.adamw_lr is None else cfg.adamw_lr, betas=cfg.betas, weight_decay=0.0)
-            self.parts: list[torch.optim.Optimizer] = [Muon([{"params": params["matrix"]}], cfg), AdamW(plain, rest)]
+            self.parts: list[torch.optim.Optimizer] = [Muon([{"params": params["matrix"]}], cfg)] if params["matrix"] else []
+            self.parts += [AdamW(plain, rest)] if plain else []
         else:
             scaled = {"lr": cfg.lr * matrix_lr, "weight_decay": cfg.weight_decay / matrix_lr}
-            self.parts = [AdamW([{"params": params["matrix"], **scaled}, *plain], cfg)]
+            matrices = [{"params": params["matrix"], **scaled}] if params["matrix"] else []
+            self.parts = [AdamW([*matrices, *plain], cfg)]
         self.groups = [group for part in self.parts for group in part.param_groups]  # those under schedule and clipping
         for group in self.groups:
             group["peak_lr"] = group["lr"]
@@ -81,6 +89,8 @@ class OptimizerSet:
     def step(self) -> None:
         for part in self.parts:
             part.step()
+        if self.after is not None:
+            self.after()
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -106,5 +116,15 @@ class OptimizerSet:
             part.state[p][key] = value.to(p.device) if key != "step" else value.clone()
 
 
-def build_optim(model: nn.Module, cfg: AdamWConfig | MuonConfig, matrix_lr: float = 1.0) -> OptimizerSet:
-    return OptimizerSet(model, cfg, matrix_lr)
+def by_rate(named: list[tuple[str, nn.Parameter]], cfg: AdamWConfig | MuonConfig, rates: Mapping[str, float]) -> list[tuple[dict, list]]:
+    """Parameters that share a learning rate, with what their group says of it; those at the common one first."""
+    lr = cfg.lr if isinstance(cfg, AdamWConfig) or cfg.adamw_lr is None else cfg.adamw_lr
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, p in sorted(named, key=lambda pair: rates.get(pair[0], 1.0)):
+        groups.setdefault(rates.get(name, 1.0), []).append(p)
+    return [({} if rate == 1 else {"lr": lr * rate}, some) for rate, some in groups.items()]
+
+
+def build_optim(model: nn.Module, cfg: AdamWConfig | MuonConfig, matrix_lr: float = 1.0,
+                rates: Mapping[str, float] | None = None) -> OptimizerSet:  # fmt: skip
+    return OptimizerSet(model, cfg, matrix_lr, rates)

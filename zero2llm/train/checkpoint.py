@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from zero2llm.adapters.wrap import adapter_state, load_adapter_state, unwrap
 from zero2llm.core.config import parse, to_dict
 from zero2llm.core.files import hashes, load_tensors, new_folder, read_json, save_tensors, sha256
 from zero2llm.core.log import log_once
@@ -27,6 +28,7 @@ from zero2llm.core.seeds import restore_rng, rng_state
 from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
 from zero2llm.optim.build import OptimizerSet
+from zero2llm.train.adapted import NAME, AdapterRun, dress, weights_hash
 from zero2llm.train.fit import FitState
 
 FORMAT = 1
@@ -83,20 +85,46 @@ class Checkpoint:
         data = read_json(self.path / "config.json")
         return parse(ModelConfig, data["model"], source=str(self.path / "config.json"))
 
-    def load_model(self) -> LM:
-        """The model in evaluation mode, in fp32 on the CPU.
+    def adapter(self) -> AdapterRun | None:
+        """What the checkpoint is an adapter of, if it is one."""
+        data = read_json(self.path / "config.json").get("adapter")
+        return None if data is None else parse(AdapterRun, data, source=str(self.path / "config.json"))
 
-        Its weights are pages of the file, read when they are first needed; writing to them changes this process alone.
+    def load_model(self, base: str | Path | None = None) -> LM:
+        """The model in evaluation mode, in fp32 on the CPU; an adapter is merged into its base.
+
+        Weights are pages of the file, read when they are first needed; writing to them changes this process alone.
+        base : where an adapter's base lies, if not where it was trained.
         """
+        if self.adapter() is not None:
+            return unwrap(self.load_adapted(base)).requires_grad_(True).eval()
+        if base is not None:
+            raise ValueError(f"{self.path} is a whole model and needs no base")
         with torch.device("meta"):  # nothing is drawn that would be overwritten
             model = LM(self.model_config())
         tensors = load_tensors(self.path / "model")
         load_weights(model, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, str(self.path), assign=True)
         return model.eval()
 
+    def load_adapted(self, base: str | Path | None = None) -> LM:
+        """The base with the adapter beside it. Raises ValueError if the base is gone, or is another model."""
+        run = self.adapter()
+        path = Path(base or run.base)
+        if not path.is_dir():
+            raise ValueError(f"{self.path} is an adapter of {path}, which is not there; say where its base lies (--base)")
+        found = Checkpoint.open(path, resuming=False)
+        if weights_hash(found.manifest) != run.base_weights:
+            raise ValueError(f"{self.path} is an adapter of other weights than those of {found.path}; say where its base lies (--base)")
+        model = dress(found.load_model(), run)
+        load_adapter_state(model, load_tensors(self.path / "model"), NAME)
+        return model.eval()
+
     def restore(self, model: nn.Module, optim: OptimizerSet, batches) -> FitState:
         """Put everything back where it was; the next step is the one that would have followed."""
-        load_weights(model, load_tensors(self.path / "model"), str(self.path))
+        if self.adapter() is not None:
+            load_adapter_state(model, load_tensors(self.path / "model"), NAME)
+        else:
+            load_weights(model, load_tensors(self.path / "model"), str(self.path))
         optim.load_state_tensors(load_tensors(self.path / "train", "optim"))
         state = read_json(self.path / "train" / "state.json")
         batches.load_state_dict(state["data"])
@@ -130,14 +158,14 @@ def save_checkpoint(
     *,
     parent: str | None,
     metrics: dict,
+    adapter: AdapterRun | None = None,
 ) -> Path:
-    """Write ``run/checkpoints/step-N``. Raises ValueError if the disk is full; earlier checkpoints stay."""
+    """Write ``run/checkpoints/step-N``; of an adapter its own tensors alone. Raises ValueError if the disk is full; earlier checkpoints stay."""
     final = run / "checkpoints" / f"step-{state.step:08d}"
     with new_folder(final, overwrite=True) as part:
-        save_tensors(model.state_dict(), part / "model")
-        (part / "config.json").write_text(
-            json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8"
-        )
+        save_tensors(adapter_state(model, NAME) if adapter else model.state_dict(), part / "model")
+        about = {"format": FORMAT, "model": to_dict(model.cfg)} | ({"adapter": to_dict(adapter)} if adapter else {})
+        (part / "config.json").write_text(json.dumps(about, indent=1), "utf-8")
         shutil.copytree(tokenizer_dir, part / "tokenizer")
         save_tensors(optim.state_tensors(), part / "train", "optim")
         save_tensors(rng_state(), part / "train", "rng")
@@ -148,6 +176,17 @@ def save_checkpoint(
         manifest["sha256"] = hashes(part)
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
     return final
+
+
+def save_model(model: LM, save_tokenizer: Callable[[Path], object], out: Path, parent: Checkpoint, overwrite: bool = False) -> Path:
+    """A checkpoint to begin from: weights and tokenizer, no optimizer. Raises ValueError if ``out`` is not empty."""
+    with new_folder(out, overwrite) as part:
+        save_tensors(model.state_dict(), part / "model")
+        (part / "config.json").write_text(json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8")
+        save_tokenizer(part / "tokenizer")
+        about = {"step": parent.step, "tokens": parent.manifest["tokens"], "parent": str(parent.path), "metrics": {}}
+        (part / "manifest.json").write_text(json.dumps({"format": FORMAT} | about | {"sha256": hashes(part)}, indent=1), "utf-8")
+    return out
 
 
 def candidates(run: Path) -> list[Path]:

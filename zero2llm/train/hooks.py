@@ -20,8 +20,10 @@ class Validate:
         self.latest: dict[str, float] = {}
 
     def __call__(self, state: FitState) -> None:
-        if state.step % self.every and state.step != self.steps:
-            return
+        if state.step % self.every == 0 or state.step == self.steps:
+            self.now(state)
+
+    def now(self, state: FitState) -> None:
         self.latest = {f"valid_{name}": value for name, value in self.measure().items()}
         if self.telemetry:
             self.telemetry.log("valid", state.step, {**self.latest, "tokens": state.tokens, "seconds": state.seconds})

@@ -1,0 +1,94 @@
+"""Training an adapter: what a checkpoint of it says, how the model gets it, and what joins the loss and the step.
+
+    step-00000120/model/model.safetensors      the adapter's tensors alone
+                  config.json                  {"model": ..., "adapter": {"config", "base", "base_weights", "quantize"}}
+
+The base stays where it is: a checkpoint of 135M parameters with rank 8 is 10 MB, not 540. Its weights are known by their
+hashes, so another model under the same path is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from zero2llm.adapters.adalora import AdaLoRAConfig, penalty
+from zero2llm.adapters.config import AdapterConfig
+from zero2llm.adapters.wrap import disabled, wrap
+from zero2llm.core.batch import Batch
+from zero2llm.core.config import config
+from zero2llm.core.seq import Aux, Seq
+from zero2llm.layers.nf4 import quantize_model
+from zero2llm.train.loss import Loss, Objective
+
+NAME = "default"  # of the adapter that a stage trains
+
+
+@config
+class AdapterRun:
+    """config : what is trained.  base : its checkpoint's folder.  base_weights : the hash of the base's weights.
+    quantize : how the base is stored while training; nf4 = four bits (QLoRA)."""
+
+    config: AdapterConfig
+    base: str
+    base_weights: str
+    quantize: Literal["nf4"] | None = None
+
+
+def weights_hash(manifest: dict) -> str:
+    """One hash for a checkpoint's weights, from those of its files."""
+    files = {name: value for name, value in sorted(manifest["sha256"].items()) if name.startswith("model/")}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def dress(model: nn.Module, run: AdapterRun) -> nn.Module:
+    """The base, with its weights loaded, as it is trained: packed if asked for, frozen, with a fresh adapter."""
+    if run.quantize == "nf4":
+        quantize_model(model)
+    wrap(model, run.config, NAME)
+    return model
+
+
+@dataclass(frozen=True)
+class Penalized:
+    """AdaLoRA's penalty joins the loss of any objective, per unit that it counts."""
+
+    objective: Objective
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        loss = self.objective(model, batch)
+        if not model.training:
+            return loss
+        value = penalty(model)
+        more = {"orthogonality": (value.detach() * loss.count, loss.count)}
+        return Loss(loss.total + value * loss.count, loss.count, loss.metrics | more)
+
+
+def with_penalty(objective: Objective, cfg: AdapterConfig) -> Objective:
+    return Penalized(objective) if isinstance(cfg, AdaLoRAConfig) else objective
+
+
+class Undressed(nn.Module):
+    """The base under the adapter, as a model of its own that shares every weight: DPO's reference, for no memory."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.inside = (model,)  # no submodule: freezing the reference must not freeze what is trained
+
+    def forward(self, tokens: Tensor, seq: Seq) -> tuple[Tensor, Aux]:
+        with disabled(self.inside[0]), torch.no_grad():
+            return self.inside[0](tokens, seq)
+
+    @property
+    def head_weight(self) -> Tensor:
+        with disabled(self.inside[0]):
+            return self.inside[0].head_weight
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return self.inside[0].logit_softcap
