@@ -62,3 +62,12 @@ def test_loader():
 
 def test_reading_large_files():
     assert "jsonl" in run("read_large.py")
+
+
+def test_tokenizing():
+    assert "failed" not in run("tokenizing.py", "--what", "encode", "--candidates", "ours")
+
+
+@pytest.mark.slow
+def test_adapters_and_nf4():
+    assert "failed" not in run("adapters.py") and "failed" not in run("nf4.py", "--candidates", "full+mb1,nf4+mb1")

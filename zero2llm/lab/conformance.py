@@ -20,8 +20,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zero2llm.adapters.lora import ALL_LINEAR, LoRAConfig
+from zero2llm.adapters.targets import chosen
+from zero2llm.adapters.wrap import merge, wrap
 from zero2llm.core.config import parse, to_dict
 from zero2llm.core.files import read_json, write_atomic
 from zero2llm.core.log import console
@@ -132,11 +135,16 @@ def predicted(model: LM) -> str:
     return "wrong: " + ", ".join(faults) if faults else "exact"
 
 
-def adaptable(model: LM) -> str:
-    """Share of the blocks' matrix parameters that sit in Linear layers, which is where LoRA goes."""
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    sizes = [(p.numel(), id(p) in linear) for p in model.blocks.parameters() if p.ndim > 1]
-    return f"{sum(n for n, inside in sizes if inside) / max(sum(n for n, _ in sizes), 1):.0%}"
+def adapted(model: LM) -> str:
+    """LoRA with random factors on every projection: its output beside the weights against that with it merged; on how much of the matrices."""
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
+    inside = sum(model.get_submodule(path).weight.numel() for path in chosen(model, (ALL_LINEAR,)) if path.startswith("blocks."))
+    wrap(model.eval(), LoRAConfig(r=2))
+    for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) / 4)
+    beside = model(tokens(), Seq.rows(2, T))[0]
+    merge(model)
+    return f"{number(float((beside - model(tokens(), Seq.rows(2, T))[0]).abs().max()))} ({inside / max(matrices, 1):.0%})"
 
 
 def exportable(model: LM) -> str:
@@ -157,7 +165,7 @@ MEASURED: dict[str, Check] = {
     "ragged batch": ragged,
     "recomputed gradient": recomputed,
 }
-STATED = {"cost model": predicted, "in Linear": adaptable, "transformers": exportable}
+STATED = {"cost model": predicted, "LoRA": adapted, "transformers": exportable}
 COLUMNS = ("oracle, forward", "oracle, backward", *MEASURED, "compiled", *STATED)
 
 
@@ -215,7 +223,7 @@ MEANING = (
     f"- **sees the future**: change of an output by a later token. **packed**: {packed.__doc__}",
     f"- **streamed**: {streamed.__doc__} **ragged**: {ragged.__doc__}",
     f"- **recomputed gradient**: {recomputed.__doc__} **compiled**: {compiled.__doc__}",
-    f"- **cost model**: {predicted.__doc__} **in Linear**: {adaptable.__doc__}",
+    f"- **cost model**: {predicted.__doc__} **LoRA**: {adapted.__doc__}",
     "- **transformers**: the architecture that the model is exported as, or why there is none.",
 )
 
