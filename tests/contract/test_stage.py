@@ -7,6 +7,10 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer
 
 import zero2llm
 from tests.contract.stages import recipe, write_data, write_recipe
@@ -14,8 +18,11 @@ from tests.contract.test_fit import Repeat, ragged, tiny
 from zero2llm.core.device import pick_device, pick_dtype
 from zero2llm.lab import talk
 from zero2llm.lab.look import inspect_recipe
+from zero2llm.lab.recipe import DataConfig, TokenizerConfig
+from zero2llm.lab.sets import build_tokenizer
 from zero2llm.optim.adamw import AdamWConfig
 from zero2llm.optim.build import build_optim
+from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.checkpoint import best, candidates
 from zero2llm.train.evaluate import evaluate
 from zero2llm.train.fit import FitConfig, fit
@@ -136,3 +143,17 @@ def test_a_tokenizer_without_bytes_and_another_chat_template(tmp_path):
     assert done.tokenizer.template != first.tokenizer.template and (done.checkpoint / "tokenizer").is_dir()
     with pytest.raises(ValueError, match="qwen3.*needs the control tokens"):
         zero2llm.run(zero2llm.make_recipe(**sft | {"chat_template": "qwen3"}), overwrite=True, quiet=True)
+
+
+def test_a_text_begins_in_decoding_as_in_training(tmp_path):
+    """Somebody's tokenizer puts nothing before a text; our training puts its start token there, and then prompts have it too."""
+    words = Library(WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "the", "sea", "ship"])}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.add_special_tokens(["<s>", "</s>", "<unk>"])
+    (tmp_path / "theirs").mkdir()
+    words.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    theirs = Tokenizer.load(tmp_path / "theirs")
+    assert theirs.start_ids == [] and theirs.encode("the sea") == [3, 4]
+    found, _ = build_tokenizer(TokenizerConfig(path=str(tmp_path / "theirs")), DataConfig(train=("unused",)), tmp_path / "run")
+    assert found.start_ids == [1] == [found.bos_id] and found.encode("the sea") == [3, 4]
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")("the sea").input_ids == [1, 3, 4]

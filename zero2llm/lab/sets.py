@@ -27,6 +27,7 @@ from zero2llm.lab.corpus import corpus, corpus_rows, member_paths, training_rows
 from zero2llm.lab.recipe import DataConfig, Recipe, TokenizerConfig
 from zero2llm.parallel.plan import World
 from zero2llm.tokenizers.chat import Style
+from zero2llm.tokenizers.starts import begin_with
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
 
@@ -47,7 +48,10 @@ def build_tokenizer(cfg: TokenizerConfig, data: DataConfig, run: Path) -> tuple[
     """The tokenizer that ``cfg`` names, or one trained on the training documents and kept in ``run/tokenizer``."""
     folder = run / "tokenizer"
     if cfg.path is not None:
-        keep_tokenizer(Tokenizer.load(cfg.path), folder)
+        found = Tokenizer.load(cfg.path)
+        if not found.own and not found.start_ids:  # training puts it before each document
+            begin_with(found.library, found.roles.bos)
+        keep_tokenizer(found, folder)
     elif not folder.is_dir():
         console().print(f"training a tokenizer of {cfg.vocab_size} entries ({cfg.kind}, {cfg.engine})", markup=False)
         texts, _ = read_documents(data, tuple(chain(*member_paths(data).values())))

@@ -190,7 +190,7 @@ def _sampler(model: LM, tokenizer: Tokenizer, recipe: Recipe, telemetry: Telemet
 def sample(model: LM, tokenizer: Tokenizer, recipe: Recipe) -> list[str]:
     """One completion of each of the recipe's prompts: continued in pretraining, answered as a chat afterwards."""
     if recipe.objective.kind == "clm":
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in recipe.eval.prompts]
+        prompts = [[*tokenizer.start_ids, *tokenizer.encode(p)] for p in recipe.eval.prompts]
         sampling = Sampling(max_tokens=recipe.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=recipe.seed)
     else:
         prompts = [

@@ -55,7 +55,7 @@ def generate_texts(path: Path, prompts: list[str], sampling: Sampling, *, chat: 
     if chat:
         ids = [chat_prompt(engine, [{"role": "user", "content": p}], sampling.max_tokens) for p in prompts]
     else:
-        ids = [[engine.tokenizer.bos_id, *engine.tokenizer.encode(p)] for p in prompts]
+        ids = [[*engine.tokenizer.start_ids, *engine.tokenizer.encode(p)] for p in prompts]
     if len(prompts) == 1:
         print("" if chat else prompts[0], end="", flush=True)
         for piece in engine.stream(ids[0], sampling):

@@ -22,6 +22,7 @@ from zero2llm.tokenizers.fast import is_own, merges_of, with_tokens
 from zero2llm.tokenizers.imports.read import read
 from zero2llm.tokenizers.nature import core_of, examine
 from zero2llm.tokenizers.special import OWN, SPECIALS, TURN_END, TURN_START, Roles
+from zero2llm.tokenizers.starts import text_start
 from zero2llm.tokenizers.training import learn
 
 ENOUGH = 40  # characters for each token of the vocabulary: from so much text on, making a faster engine pays
@@ -39,8 +40,8 @@ class Tokenizer:
         self.library, self.template, self.roles = library, template, roles
         self.library.encode_special_tokens = True  # what a user types is text, even if it spells a control token
         needed = SPECIALS if roles == OWN else (roles.eos, roles.pad, roles.bos, *roles.stops)
-        if missing := [s for s in needed if library.token_to_id(s) is None]:
-            raise ValueError(f"the tokenizer lacks the control tokens {', '.join(missing)}")
+        if missing := ", ".join(s for s in needed if library.token_to_id(s) is None):
+            raise ValueError(f"the tokenizer lacks the control tokens {missing}")
         self.eos_id, self.pad_id, self.bos_id = map(library.token_to_id, (roles.eos, roles.pad, roles.bos))
         self.im_start_id, self.im_end_id = library.token_to_id(TURN_START), library.token_to_id(TURN_END)
         self.stop_ids = frozenset(map(library.token_to_id, roles.stops))
@@ -53,8 +54,8 @@ class Tokenizer:
         self.core = library if core is None else core_of(core)
         self.core.encode_special_tokens = True
         self.decoder = Decoder(library, self.nature, self.vocab_size, self.special_ids | self.added.keys())
-        self.own = is_own(library, self.nature)
-        self._asked, self._fast = 0, None
+        self.own, self._asked, self._fast = is_own(library, self.nature), 0, None
+        self.start_ids = [self.bos_id] if self.own else text_start(library)  # what a prompt begins with
 
     @staticmethod
     def train(
@@ -92,7 +93,7 @@ class Tokenizer:
         write_folder(Path(folder), self.library, self.template, self.roles)
 
     def __reduce__(self):
-        """A copy in another process is built anew: the library forgets that typed control strings are text."""
+        """A copy in another process is built anew."""
         return _rebuild, (self.library.to_str(), self.template, self.roles)
 
     @cached_property
