@@ -25,7 +25,7 @@ from zero2llm.interop.hf_config import from_hf_config
 from zero2llm.model.lm import LM
 
 
-def there_and_back(folder, tokens, cases=("mixtral", "deepseek-v2", "gemma2-thirds", "qwen3next")):  # noqa: F811
+def there_and_back(folder, tokens, cases=("mixtral", "deepseek-v2", "gemma2-thirds")):  # noqa: F811
     for name in cases:
         model = build(name)
         path = export_gguf(model.state_dict(), model.cfg, tokens, folder / f"{name}.gguf", "f32", model_type=CASES[name][0])

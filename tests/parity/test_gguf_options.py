@@ -106,7 +106,8 @@ ASKED = ("llama", "mistral", "mixtral", "qwen2", "qwen2moe", "qwen3", "qwen3moe"
 @pytest.mark.parametrize("case", ASKED)
 def test_each_option_is_the_same_or_refused(case, tokenizer, forced, tmp_path, monkeypatch):  # noqa: F811
     kind, keys = CASES[case]
-    models, paths, refused, announced = {}, {}, {}, {}
+    keys = keys | {"rms_norm_eps": 1e-6}  # no note about inner norms: whatever differs counts
+    models, paths, refused, announced, idle = {}, {}, {}, {}, set()
     for name, changed in options(case).items():
         monkeypatch.setitem(CASES, name, (kind, keys | changed))
         try:
@@ -123,6 +124,7 @@ def test_each_option_is_the_same_or_refused(case, tokenizer, forced, tmp_path, m
         models[name] = model
         notes = plan_gguf(model.state_dict(), model.cfg, tokenizer, "f32", model_type=kind).notes
         announced |= {name: notes} if any("differ" in note for note in notes) else {}
+        idle |= {name} if any("is left out" in note for note in notes) else set()
     answers = ask_llama_cpp(paths.values(), forced)
     wrong = {}
     for name, path in paths.items():
@@ -131,7 +133,7 @@ def test_each_option_is_the_same_or_refused(case, tokenizer, forced, tmp_path, m
             wrong[name] = theirs[:200]
         elif not within(models[name], theirs, ours) and name not in announced:
             wrong[name] = (ours - theirs).abs().max().item()
-        assert not differences(models[name].cfg, read_back(path)[1]), name
+        assert bool(differences(models[name].cfg, read_back(path)[1])) == (name in idle), name
     for what, names in (("refused", refused), ("said to differ", announced)):
         print(f"{case}, {what}: {names}")
     print(f"{case}, written: {', '.join(paths)}")

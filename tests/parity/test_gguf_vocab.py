@@ -189,10 +189,11 @@ def wide_meta(name: str) -> dict:
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, **lists, **ids}
 
 
+some = lambda name: name if name in ("gpt-2", "smollm", "llama-bpe", "qwen2") else pytest.param(name, marks=pytest.mark.slow)
 USUAL = list({rule: name for name, rule in reversed(RULES.items())}.values())
 
 
-@pytest.mark.parametrize("name", [n if n in ("gpt-2", "smollm", "llama-bpe", "qwen2") else pytest.param(n, marks=pytest.mark.slow) for n in RULES])
+@pytest.mark.parametrize("name", [some(n) for n in RULES])
 def test_each_split_rule_cuts_as_llama_cpp_does(name, tmp_path):
     file = tiny(tmp_path / "wide.gguf", wide_meta(name))
     save_tokenizer(open_gguf(file), tmp_path / "folder")
@@ -202,7 +203,7 @@ def test_each_split_rule_cuts_as_llama_cpp_does(name, tmp_path):
     assert bool(wrong) == bool(near)  # a rule that became the same should lose its note
 
 
-@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize("name", [some(n) for n in USUAL])
 def test_a_split_rule_comes_back(name, tmp_path):
     file = tiny(tmp_path / "wide.gguf", wide_meta(name))
     notes = save_tokenizer(open_gguf(file), tmp_path / "a")
@@ -306,6 +307,7 @@ def test_smollm2_equals_llama_cpp(smollm):
     assert not differing(LlamaCpp(smollm.file), smollm.ours, HARD + MARKED)
 
 
+@pytest.mark.slow
 def test_smollm2_comes_back(smollm, tmp_path):
     meta = vocab_metadata(smollm.folder, 49152)
     assert vocab_notes(smollm.folder, 49152) == ()
@@ -317,6 +319,7 @@ def test_smollm2_comes_back(smollm, tmp_path):
     assert back.fingerprint() == smollm.ours.fingerprint()
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers_on_our_folder(smollm):
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(smollm.folder)
     assert [t for t in (*HARD, *MARKED) if "<|" not in t and theirs(t)["input_ids"] != smollm.ours.encode(t)] == []
@@ -446,9 +449,9 @@ def test_tokenizer_json_as_transformers_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("name, odd, said", [
-    ("nfkc", {"model_type": "bpe", "byte_fallback": True}, "rewrites text before BPE"),
+    pytest.param("nfkc", {"model_type": "bpe", "byte_fallback": True}, "rewrites text before BPE", marks=pytest.mark.slow),
     ("characters", {"model_type": "bpe", **PLAIN}, "without tokens for bytes"),
-    ("bytes", {"model_type": "unigram", "byte_fallback": True, **PLAIN}, "spells unknown characters in bytes"),
+    pytest.param("bytes", {"model_type": "unigram", "byte_fallback": True, **PLAIN}, "spells unknown characters in bytes", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_sentencepiece_that_gguf_cannot_say_is_refused(name, odd, said, tmp_path, monkeypatch):
     monkeypatch.setitem(SP, name, odd)
@@ -457,6 +460,7 @@ def test_sentencepiece_that_gguf_cannot_say_is_refused(name, odd, said, tmp_path
         vocab_metadata(tmp_path / "f", 9000)
 
 
+@pytest.mark.slow
 def test_merges_that_no_scores_can_say_are_refused(tmp_path):
     sentencepiece_tokenizer("llama", tmp_path / "m").save(tmp_path / "f")
     file = tmp_path / "f" / "tokenizer.json"
