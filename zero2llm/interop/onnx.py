@@ -131,7 +131,8 @@ def _traced(model: LM, cfg: ModelConfig):
         with torch.enable_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(silent):
             warnings.simplefilter("ignore")
             program = torch.export.export(Plain(twin.requires_grad_(False)).eval(), (example,), dynamic_shapes=(shapes,))
-            return torch.onnx.export(program, dynamo=True, verbose=False, opset_version=OPSET, input_names=["tokens"], output_names=["logits"])
+            asked = {"input_names": ["tokens"], "output_names": ["logits"], "dynamic_shapes": (shapes,)}  # again, for the axes' names
+            return torch.onnx.export(program, dynamo=True, verbose=False, opset_version=OPSET, **asked)
     except Exception as error:  # torch.export and the converter have kinds of their own
         raise ValueError(f"no ONNX export: torch cannot trace this model for every length ({str(error).strip().splitlines()[0][:200]})") from error
     finally:
