@@ -22,11 +22,12 @@ ARROWS = {  # folder -> folders that it may import
     "optim": {"core"},
     "parallel": {"model", "core"},
     "adapters": {"layers", "ops", "core"},
-    "train": {"adapters", "layers", "model", "optim", "data", "parallel", "ops", "core"},
+    "train": {"adapters", "layers", "model", "tokenizers", "optim", "data", "parallel", "ops", "core"},
     "engine": {"model", "tokenizers", "ops", "core"},  # stop strings and streamed text need the tokenizer
     "evals": {"engine", "model", "tokenizers", "data", "core"},
     "interop": {"adapters", "model", "layers", "tokenizers", "core"},
 }
+CROSSINGS = {("zero2llm.train.rl.rollout", "engine")}  # sampling is the one place where training needs the engine
 LONG_FILES: dict[str, str] = {}  # file -> why it may pass 250 lines
 LONG_FUNCTIONS = {"fit": "the loop is one function, read from top to bottom; at most 150 lines"}
 
@@ -59,7 +60,7 @@ def test_arrows(path):
         return  # the command line, the package root and the lab may use everything
     for name in imports(path):
         there = name.split(".")[1] if "." in name else ""
-        assert there == here[0] or there in ARROWS[here[0]], f"{dotted(path)} may not import {name}"
+        assert there == here[0] or there in ARROWS[here[0]] or (dotted(path), there) in CROSSINGS, f"{dotted(path)} may not import {name}"
 
 
 def test_no_circles():

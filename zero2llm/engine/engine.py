@@ -29,6 +29,7 @@ class Request:
     sampling: Sampling
     generator: torch.Generator
     output: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # of the output, where asked for
     text: str = ""  # decoded so far, without a stop string
     held: str = ""  # decoded, but perhaps the beginning of a stop string
     stream: object = None
@@ -51,6 +52,7 @@ class Completion:
     tokens: list[int]
     finish: str
     n_prompt: int
+    logps: list[float] = field(default_factory=list)  # one a token, with Sampling.logprobs
 
 
 class Engine:
@@ -132,6 +134,7 @@ class Engine:
         """One token per running request; the truncations differ by request, so rows are handled in groups."""
         asked = [r.sampling for r in self.running]
         logits[:, self.tokenizer.vocab_size :] = -float("inf")
+        plain = logits
         if any(s.repetition_penalty != 1.0 for s in asked):
             penalty = torch.tensor([s.repetition_penalty for s in asked], device=logits.device)
             logits = repetition_penalty(logits, self.seen, penalty)
@@ -143,7 +146,17 @@ class Engine:
             uniform = torch.cat([torch.rand(1, generator=self.running[i].generator) for i in rows])
             tokens[rows] = draw(truncate(logits[rows] / heat, *key), uniform.to(logits.device))
         self.seen.scatter_(1, tokens[:, None], True)
+        self._note(plain, tokens)
         return tokens
+
+    def _note(self, logits: Tensor, tokens: Tensor) -> None:
+        """Keep log p of the sampled tokens for the requests that want it."""
+        rows = [i for i, r in enumerate(self.running) if r.sampling.logprobs]
+        if rows:
+            heat = torch.tensor([self.running[i].sampling.temperature or 1.0 for i in rows], device=logits.device)[:, None]
+            found = (logits[rows] / heat).log_softmax(-1).gather(1, tokens[rows][:, None]).squeeze(1)
+            for i, value in zip(rows, found.tolist(), strict=True):
+                self.running[i].logps.append(value)
 
     def _accept(self, request: Request, token: int) -> TokenEvent:
         request.output.append(token)
@@ -185,7 +198,7 @@ class Engine:
         requests = {r.id: r for r in self.waiting}
         while self.step():
             pass
-        return [Completion(r.text, r.output, r.finish, len(r.prompt)) for r in map(requests.get, numbers)]
+        return [Completion(r.text, r.output, r.finish, len(r.prompt), r.logps) for r in map(requests.get, numbers)]
 
 
 def release(text: str, stops: Sequence[str], final: bool) -> tuple[str, str, bool]:

@@ -18,6 +18,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False  # go on after an end token: for benchmarks
+    logprobs: bool = False  # keep log p of each token under temperature alone, before truncations and penalties
 
     def __post_init__(self) -> None:
         checks = {

@@ -80,17 +80,21 @@ def cross_entropy_plain(hidden: Tensor, weight: Tensor, labels: Tensor, softcap:
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, chunk: int = CHUNK
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, chunk: int = CHUNK, temperature: float = 1.0
 ) -> Tensor:
-    """log p(label) of each position in nats, labels' shape, fp32; 0 where the label is IGNORE."""
+    """log p(label) of each position in nats, labels' shape, fp32 or wider; 0 where the label is IGNORE.
+
+    temperature : of p = softmax(z / temperature).
+    """
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     parts = [
-        checkpoint(_chunk_logps, h, weight, t, softcap, use_reentrant=False)
+        checkpoint(_chunk_logps, h, weight, t, softcap, temperature, use_reentrant=False)
         for h, t in zip(flat.split(chunk), y.split(chunk), strict=True)
     ]
     return torch.cat(parts).reshape(labels.shape)
 
 
-def _chunk_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    logits = cap(F.linear(hidden, weight).float(), softcap)
+def _chunk_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, temperature: float) -> Tensor:
+    logits = F.linear(hidden, weight)
+    logits = cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap) / temperature
     return -F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
