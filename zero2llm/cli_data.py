@@ -192,3 +192,19 @@ def identity(name: str, by: str, out: Path, n: int, n_valid: int, langs: tuple[s
     from zero2llm.lab.identity import write_identity
 
     write_identity(out, name, by, n, n_valid, langs, ordinary, seed, overwrite)
+
+
+@data.command(**HELP)
+@click.option("--family", "families", multiple=True, required=True, help="Kind of question, such as recall_hard; may be repeated. A wrong name lists all.")
+@click.option("--as", "kind", type=click.Choice(["prompts", "conversations", "preferences"]), default="prompts", help="For RL, for fine-tuning, for preference objectives.")
+@click.option("--out", type=PATH, required=True, help="File to write; the held-out questions go to NAME-valid beside it.")
+@click.option("--n", default=400, help="Questions to train on.")
+@click.option("--n-valid", default=100, help="Held-out questions, with content that training never shows.")
+@click.option("--lang", "langs", type=click.Choice(["en", "zh"]), multiple=True, default=["en", "zh"], help="May be repeated.")
+@seed
+@overwrite
+def tasks(families: tuple[str, ...], kind: str, out: Path, n: int, n_valid: int, langs: tuple[str, ...], seed: int, overwrite: bool) -> None:
+    """Write generated questions with known answers, for the recipes of reinforcement learning and distillation."""
+    from zero2llm.lab.task_files import write_tasks
+
+    write_tasks(out, families, kind, n, n_valid, langs, seed, overwrite)

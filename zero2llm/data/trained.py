@@ -17,10 +17,9 @@ from itertools import groupby
 from typing import Literal
 
 from zero2llm.data.fitting import Marked
-from zero2llm.data.turns import Message
+from zero2llm.data.turns import LEFT_OUT, Message
 
 TrainOn = Literal["assistant", "last", "all"]
-LEFT_OUT = "train"  # the key of a message that is kept but not trained: false
 
 
 def left_out(message: Message) -> bool:

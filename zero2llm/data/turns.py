@@ -1,6 +1,7 @@
 """Messages and conversations from the shapes in the wild; roles are read, never guessed by position.
 
-message       {"role", "content": text}, and where there is any: "reasoning_content" (text), "tool_calls" (tool_calls.py);
+message       {"role", "content": text}, and where there is any: "reasoning_content" (text), "tool_calls" (tool_calls.py),
+              "train": false where it is not to be learned (also written weight: 0 or loss: false; trained.py);
               further keys (name, tool_call_id) stay, templates may read them
 conversation  a list of messages, with the tools that the assistant may call
 
@@ -27,6 +28,7 @@ ROLES = ("system", "user", "assistant", "tool")
 THOUGHT = ("reasoning_content", "reasoning", "thinking")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 WEIGHTS = ("weight", "train", "loss")  # OpenAI and others: 0 leaves a message out of the loss
+LEFT_OUT = "train"  # ours: false
 READ = {"role", "from", "content", "value", "tools", "tool_calls", "function_call", *THOUGHT, *WEIGHTS}
 
 
@@ -76,6 +78,7 @@ def _message(i: int, turn: object) -> Message:
     made = {"role": role, "content": content}
     made |= {"reasoning_content": thought} if thought else {}
     made |= {"tool_calls": calls} if calls else {}
+    made |= {LEFT_OUT: False} if _left_out(turn, where) else {}
     return made | {k: v for k, v in turn.items() if k not in READ and v not in (None, "", [], {})}
 
 
@@ -86,9 +89,16 @@ def _refuse(turn: dict, where: str) -> None:
             raise ValueError(
                 f"{where}: {key!r} would be dropped unseen; images stand beside the conversation (schema image-text)"
             )
-    for key in WEIGHTS:
-        if turn.get(key) not in (None, True, 1):
-            raise ValueError(f"{where}: {key} {turn[key]!r} cannot be honoured: every answer is trained alike")
+
+
+def _left_out(turn: dict, where: str) -> bool:
+    said = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
+    for key, value in said.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ValueError(f"{where}: {key} {value!r} cannot be honoured: an answer is trained (1, true) or not (0, false)")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise ValueError(f"{where}: {' and '.join(said)} contradict each other; keep one")
+    return 0 in said.values()
 
 
 def _thought(turn: dict, where: str) -> str:
