@@ -9,7 +9,8 @@ freezes them and trains pairs of rank 16 on all projections; `nf4` does the same
 Weights are random: memory does not depend on them. "peak MB" is the largest resident set of the process's whole life,
 from building the model in fp32 (and quantising it) to the last step; `--json` also has the sizes after each phase.
 
-Suffixes: +mb1, +mb2 (rows per micro-batch); +recompute; +bitsandbytes (its kernel dequantises).
+Suffixes: +mb1, +mb2 (rows per micro-batch); +recompute; +lean (fit.keep_memory: false);
++bitsandbytes (its kernel dequantises).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import psutil
 from turns import Serving, compare, parser, peak_rss_mb, release_memory, report, table
 
-CANDIDATES = "full+mb1,full+mb1+recompute,lora+mb1,nf4+mb1,nf4+mb1+recompute,nf4+mb1+bitsandbytes"
+CANDIDATES = "full+mb1,full+mb1+lean,lora+mb1,lora+mb1+lean,nf4+mb1,nf4+mb1+lean,nf4+mb1+lean+bitsandbytes"
 RANK = 16
 
 
@@ -54,30 +55,16 @@ def resident_mb() -> int:
 
 
 def adapted(model, kernel: str | None):
-    """``model`` frozen, its projections in NF4 (kernel None: as they are), a low-rank pair around each."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
+    """``model`` with LoRA on all projections, the frozen ones in NF4 (kernel None: as they are): as a recipe does it."""
+    from zero2llm.adapters.lora import LoRAConfig
+    from zero2llm.adapters.wrap import wrap
+    from zero2llm.core.device import give_back_memory
+    from zero2llm.layers.nf4 import quantize_model
 
-    from zero2llm.layers.nf4 import NF4Linear, quantize_model
-
-    class LowRank(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-            self.a = nn.Parameter(torch.randn(RANK, base.in_features) / base.in_features**0.5)
-            self.b = nn.Parameter(torch.zeros(base.out_features, RANK))
-
-        def forward(self, x):
-            return self.base(x) + F.linear(F.linear(x, self.a), self.b)
-
-    model.requires_grad_(False)
     if kernel is not None:
         quantize_model(model, kernel=kernel)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | NF4Linear) and name.endswith("_proj"):
-            place, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(place), leaf, LowRank(module))
+    wrap(model, LoRAConfig(r=RANK))
+    give_back_memory()
     return model
 
 
@@ -104,7 +91,7 @@ def work(name: str, job: Work, threads: int, units: int) -> None:
     note["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch, optim = job.batch(model.cfg.vocab_size), build_optim(model, AdamWConfig())
     micro = next((int(f[2:]) for f in flags if f.startswith("mb")), job.rows)
-    cfg = FitConfig(steps=10**9, micro_rows=micro, recompute="recompute" in flags, dtype="fp32")
+    cfg = FitConfig(steps=10**9, micro_rows=micro, recompute="recompute" in flags, keep_memory="lean" not in flags, dtype="fp32")
     steps: Iterable[int] = serving.turns(units, 2, **note)
     try:
         fit(model, CLM(), (batch for _ in steps), optim, cfg)

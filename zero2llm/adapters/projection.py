@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,3 +26,10 @@ def is_projection(module: nn.Module) -> bool:
 def dense(base: nn.Module) -> Tensor:
     """(out, in) weight of a projection; of a packed one a fresh tensor."""
     return base.weight.detach() if isinstance(base, nn.Linear) else base.dequantized()
+
+
+def shape_of(base: nn.Module) -> Tensor:
+    """As `dense`, for those who ask for size, type and place alone: a packed weight is not unpacked for them."""
+    if isinstance(base, nn.Linear):
+        return base.weight.detach()
+    return torch.empty((), dtype=torch.float32, device=next(base.buffers()).device).expand(base.out_features, base.in_features)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zero2llm.adapters.adapted import Adapted, adapted_modules, bare, working
 from zero2llm.adapters.config import AdapterConfig
-from zero2llm.adapters.projection import dense
+from zero2llm.adapters.projection import dense, shape_of
 from zero2llm.adapters.targets import chosen, left_out, projections
 from zero2llm.core.log import log_once
 from zero2llm.layers.linear import Linear
@@ -58,7 +58,7 @@ def attach(model: nn.Module, cfgs: Mapping[str, AdapterConfig], name: str) -> No
 
 def _build(path: str, cfg: AdapterConfig, base: nn.Module) -> nn.Module:
     try:
-        return cfg.build(dense(base))
+        return cfg.build(dense(base) if cfg.kind in ("dora", "pissa") else shape_of(base))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

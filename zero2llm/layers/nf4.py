@@ -165,9 +165,10 @@ def quantize_model(
 
 
 def own_memory(model: nn.Module) -> None:
-    """Copy what is a window of a larger storage, such as a mapped file: one such tensor holds all of its pages."""
+    """Copy windows of larger storages, and what was not quantised: it may be pages of a file, and one such tensor holds them all."""
+    packed = {id(buffer) for module in model.modules() if isinstance(module, NF4Linear) for buffer in module.buffers()}
     for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes:
+        if not tensor.is_meta and (id(tensor) not in packed or tensor.untyped_storage().nbytes() > tensor.nbytes):
             tensor.data = tensor.data.clone()
 
 

@@ -22,6 +22,7 @@ from zero2llm.adapters.config import AdapterConfig
 from zero2llm.adapters.wrap import disabled, wrap
 from zero2llm.core.batch import Batch
 from zero2llm.core.config import config
+from zero2llm.core.device import give_back_memory
 from zero2llm.core.seq import Aux, Seq
 from zero2llm.layers.nf4 import quantize_model
 from zero2llm.train.loss import Loss, Objective
@@ -51,6 +52,7 @@ def dress(model: nn.Module, run: AdapterRun) -> nn.Module:
     if run.quantize == "nf4":
         quantize_model(model)
     wrap(model, run.config, NAME)
+    give_back_memory()  # of the weights as they were
     return model
 
 
