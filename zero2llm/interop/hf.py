@@ -54,8 +54,9 @@ def export_hf(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path, o
     """Write a self-contained folder, whole or not at all. Returns ``out``.
 
     tokenizer_dir : holds tokenizer.json, tokenizer_config.json and, for chat models, chat_template.jinja.
-    generation : any of GENERATION_KEYS; without ``eos_token_id`` (one id or several), our tokenizer says which tokens
-    start, pad and stop. Weights keep their dtype.  model_type : as in `to_hf_tensors`.
+    generation : any of GENERATION_KEYS. The tokens that end an answer are its ``eos_token_id`` (one id or several) and those
+    at which our engine stops; without it, our tokenizer also says which tokens start and pad.
+    Weights keep their dtype.  model_type : as in `to_hf_tensors`.
     Raises ValueError before anything is written: no counterpart, a non-empty ``out``, a tokenizer that does not fit.
     """
     tensors = to_hf_tensors(state, cfg, model_type)
@@ -84,18 +85,22 @@ def _generation(given: dict, tokenizer_dir: Path, cfg: ModelConfig) -> dict:
     unknown = sorted(set(given) - GENERATION_KEYS)
     if unknown:
         raise ValueError(f"generation: unknown keys {unknown}; known: {', '.join(sorted(GENERATION_KEYS))}")
+    own = Tokenizer.load(tokenizer_dir)
     if given.get("eos_token_id") in (None, []):
-        own = Tokenizer.load(tokenizer_dir)
-        given = (
-            {"bos_token_id": own.bos_id, "pad_token_id": own.pad_id} | given | {"eos_token_id": sorted(own.stop_ids)}
-        )
-    eos = given["eos_token_id"]
-    out = given | {"eos_token_id": [eos] if isinstance(eos, int) else list(eos)}
+        given = {"bos_token_id": own.bos_id, "pad_token_id": own.pad_id} | given
+    out = given | {"eos_token_id": stops_of(given, own)}
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         for token in out[name] if name == "eos_token_id" else [out.get(name)]:
             if token is not None and not 0 <= token < cfg.vocab_size:
                 raise ValueError(f"generation: {name} {token} is outside the vocabulary of {cfg.vocab_size}")
     return out
+
+
+def stops_of(generation: dict, tokenizer: Tokenizer) -> list[int]:
+    """Every token that ends an answer: those that came with the model, then those at which our engine stops."""
+    eos = generation.get("eos_token_id")
+    given = [eos] if isinstance(eos, int) else eos or []
+    return list(dict.fromkeys([*given, *sorted(tokenizer.stop_ids)]))
 
 
 def _check_tokenizer(folder: Path, cfg: ModelConfig) -> None:

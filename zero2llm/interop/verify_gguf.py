@@ -8,7 +8,15 @@ attention. How near its arithmetic can come to ours on the same dequantised weig
     F16, BF16    the activations are rounded to the weights' kind before each product: 2^-11, 2^-9 a product
     Q8_0, Q4_0   the activations are rounded to 8 bits, in blocks of 32, before each product: up to 1/254 of the largest
 
-so that the limits below tell rounding from a wrong export, not one rounding from another; weights are compared apart.
+The last is no small thing: one large activation takes its 31 neighbours' bits away, and of SmolLM2-135M in Q8_0 some
+log-probability moves by 0.12 spreads, where the same values as F32 agree to 6e-6. No limit both lets that pass and shows a
+wrong export. So a file in blocks is opened twice:
+
+    a copy, every value that the file stores as F32    the limit of F32: settings, values and our reading of both are right
+    the file itself                                    0.5 spreads: llama.cpp reads the same values from these blocks
+
+The copy has the file's own metadata and is gone afterwards. What is left to the wide limit are the blocks alone, which
+`check_rounding` and the comparison with the package gguf hold too; another order of nibbles or scale is far beyond it.
 It runs in a process of its own: where it meets something that it did not expect, llama.cpp ends the process it is in.
 Source: ggml-org/llama.cpp, ggml-cpu (vec_dot_type of each kind), tools/server (n_probs).
 """
@@ -17,24 +25,35 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from zero2llm.core.files import beside
 from zero2llm.interop.checks import Chat, Check
 from zero2llm.interop.foreign import some
-from zero2llm.interop.gguf.blocks import dequantize, quantize
-from zero2llm.interop.gguf.file import open_gguf
-from zero2llm.interop.gguf.write import GGUFPlan
+from zero2llm.interop.gguf.blocks import dequantize, nbytes, quantize
+from zero2llm.interop.gguf.file import open_gguf, write_gguf
+from zero2llm.interop.gguf.values import Typed
+from zero2llm.interop.gguf.vocab_bpe import MERGES
+from zero2llm.interop.gguf.vocab_spm import TABLE
+from zero2llm.interop.gguf.write import FILE_TYPES, GGUFPlan
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
-SCALE = {"F32": 2e-3, "F16": 2e-2, "BF16": 8e-2, "Q8_0": 8e-2, "Q4_0": 8e-2}
+SCALE = {"F32": 2e-3, "F16": 2e-2, "BF16": 8e-2, "Q8_0": 0.5, "Q4_0": 0.5}
+BLOCKS = ("Q8_0", "Q4_0")
+LISTS = {MERGES: "string", TABLE: "uint8"}  # whose type does not follow from their values
 
 
 def kind_of(path: Path) -> str:
@@ -58,6 +77,34 @@ def check_rounding(planned: GGUFPlan, path: Path) -> Check:
             faults.append(f"{name} ({kind}) {error:.2g}")
     measured = f"max {worst:.2g} of {len(planned.tensors)} tensors" + (f"; too far: {some(faults, 3)}" if faults else "")
     return Check("rounding", measured, "0.001 relative", not faults)
+
+
+@contextmanager
+def in_full(path: Path) -> Iterator[Path]:
+    """A copy with the same metadata and every value as F32: beside the file, or where temporary files go; removed at the end.
+
+    Raises ValueError, before it writes, where neither place has room for it.
+    """
+    file = open_gguf(path)
+    size = path.stat().st_size + sum(nbytes(tensor.shape, "F32") for tensor in file.tensors.values())
+    copy = beside(_room(path, size) / path.name, "f32")
+    meta = {key: value for key, value in file.metadata.items() if not key.startswith("split.")}
+    meta |= {key: Typed(kind, meta[key]) for key, kind in LISTS.items() if key in meta} | {"general.file_type": FILE_TYPES["f32"]}
+    try:
+        write_gguf(copy, meta, [(t.name, t.shape, "F32", t.lazy.load) for t in file.tensors.values()])
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _room(path: Path, size: int) -> Path:
+    """The file's folder first: what lies under the system's is memory on some machines."""
+    folders = [path.absolute().parent, Path(tempfile.gettempdir())]
+    free = {folder: shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0 for folder in folders}
+    if fit := [folder for folder in folders if free[folder] >= size]:
+        return fit[0]
+    has = " and ".join(f"{folder} has {room / 1e6:,.1f} MB" for folder, room in free.items())
+    raise ValueError(f"{path}: checking it takes a copy in F32 of {size / 1e6:,.1f} MB for a while, but {has} to write to; make room in one of them")
 
 
 # Ends when the pipe to it closes, so also with its parent.

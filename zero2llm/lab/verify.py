@@ -9,7 +9,7 @@ What is compared, and why in two steps where weights were rounded, stands in int
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from zero2llm.interop.checks import (
     check_logits,
     check_settings,
     check_weights,
+    greedy_of,
     guarded,
     read_back,
     told_loss,
@@ -39,13 +40,13 @@ from zero2llm.interop.foreign import Foreign
 from zero2llm.interop.gguf.read import read_gguf
 from zero2llm.interop.gguf.vocab import vocab_notes
 from zero2llm.interop.gguf.write import plan_gguf
-from zero2llm.interop.hf import load_hf
+from zero2llm.interop.hf import load_hf, stops_of
 from zero2llm.interop.onnx import OnnxRuntime
 from zero2llm.interop.peft.read import load_peft
 from zero2llm.interop.questions import CHATS, ODD, PROMPTS, TEXTS
 from zero2llm.interop.read_hf import read_hf
 from zero2llm.interop.verify import Transformers, base_of
-from zero2llm.interop.verify_gguf import LlamaCpp, check_rounding, kind_of
+from zero2llm.interop.verify_gguf import BLOCKS, LlamaCpp, check_rounding, in_full, kind_of
 from zero2llm.lab.talk import find_checkpoint
 from zero2llm.model.lm import LM
 from zero2llm.tokenizers.tokenizer import Tokenizer
@@ -79,6 +80,9 @@ class Asked:
         room = model.cfg.max_len - tokens
         rows = [ids[:longest] for ids in [*prompt_ids, *map(tokenizer.encode, TEXTS[-4:]), sum(prompt_ids, [])] if ids]
         return Asked(model, tokenizer, [*prompts, *TEXTS], rows, [ids[-room:] for ids in prompt_ids], tokens)
+
+    def answers(self, model: LM) -> list[list[int]]:
+        return [greedy_of(model, prompt, self.tokens) for prompt in self.prompts]
 
 
 def verify_export(export: Path, checkpoint: Path, prompts: list[str] | None = None, tokens: int = 64, base: Path | None = None) -> bool:
@@ -138,13 +142,12 @@ def _hf(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> It
     reader = opened(export, lambda: Transformers(export))
     yield Check("opened by", reader.name, "", True)
     yield reader.check_names()
-    given = source.path / "generation_config.json"
-    stops = (read_json(given) if given.is_file() else {}).get("eos_token_id") or asked.tokenizer.stop_ids
-    yield guarded("control tokens", lambda: reader.check_control(asked.tokenizer, reader.stops, [stops] if isinstance(stops, int) else stops))
+    stops = stops_of(read_json(given) if (given := source.path / "generation_config.json").is_file() else {}, asked.tokenizer)
+    yield guarded("control tokens", lambda: reader.check_control(asked.tokenizer, reader.stops, stops))
     yield from _spoken(reader, asked)
     kinds = {tensor.dtype for tensor in found.tensors.values()}
     model = yield from _stored(found, asked, next((KINDS[dtype] for dtype in KINDS if dtype in kinds), "F32"))
-    yield from _computed(reader, model, asked)
+    yield from _computed(reader, model, asked, asked.answers(model))
 
 
 def _peft(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> Iterator[Check]:
@@ -163,7 +166,7 @@ def _peft(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> 
         model = _in_full(source, run)
         yield replace(told_loss(asked.model, model, asked.rows), name=f"base in full, not in {run.quantize}")
     yield guarded("weights read back", lambda: check_weights(model.state_dict(), merged.state_dict(), "F32"))
-    yield from _computed(reader, model, asked)
+    yield from _computed(reader, model, asked, asked.answers(model))
 
 
 def _in_full(source: Checkpoint, run: AdapterRun) -> LM:
@@ -177,17 +180,23 @@ def _gguf(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> 
     files = [export] if export.is_file() else sorted(export.glob("*.gguf"))
     if len(files) > 1:
         raise ValueError(f"{export}: holds {len(files)} GGUF files; name one of them")
-    found, kind, size = read_gguf(files[0]), kind_of(files[0]), asked.model.cfg.vocab_size
-    longest = max(map(len, [*asked.rows, *asked.prompts])) + asked.tokens
-    with closing(opened(export, lambda: LlamaCpp(files[0], size, longest + 8))) as reader:
-        yield Check("opened by", f"{reader.name}; it gives log-probabilities of the next token, no logits", "", True)
-        yield guarded("control tokens", lambda: reader.check_control(asked.tokenizer))
-        yield from _spoken(reader, asked, vocab_notes(source.tokenizer_dir, size))
-        model = yield from _stored(found, asked, kind)
-        state, family = asked.model.state_dict(), found.config["model_type"]
-        planned = lambda: plan_gguf(state, asked.model.cfg, source.tokenizer_dir, kind.lower(), model_type=family)
-        yield guarded("rounding", lambda: check_rounding(planned(), files[0]))
-        yield from _computed(reader, model, asked)
+    path, size, found, kind = files[0], asked.model.cfg.vocab_size, read_gguf(files[0]), kind_of(files[0])
+    room = max(map(len, [*asked.rows, *asked.prompts])) + asked.tokens + 8
+    llama = lambda file: closing(opened(export, lambda: LlamaCpp(file, size, room)))
+    with in_full(path) if kind in BLOCKS else nullcontext() as copy:
+        with llama(path) as reader:
+            yield Check("opened by", f"{reader.name}; it gives log-probabilities of the next token, no logits", "", True)
+            yield guarded("control tokens", lambda: reader.check_control(asked.tokenizer))
+            yield from _spoken(reader, asked, vocab_notes(source.tokenizer_dir, size))
+            model = yield from _stored(found, asked, kind)
+            original = asked.model.state_dict(), asked.model.cfg, source.tokenizer_dir
+            planned = lambda: plan_gguf(*original, kind.lower(), model_type=found.config["model_type"])
+            yield guarded("rounding", lambda: check_rounding(planned(), path))
+            answers = asked.answers(model)
+            yield from _computed(reader, model, asked, answers, f", activations in 8 bits for {kind}" if copy else "")
+        if copy is not None:
+            with llama(copy) as reader:
+                yield from _computed(reader, model, asked, answers, ", the file's values as F32")
 
 
 def _onnx(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> Iterator[Check]:
@@ -196,7 +205,7 @@ def _onnx(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> 
     yield guarded("control tokens", lambda: reader.check_control(asked.tokenizer))
     yield from _spoken(reader, asked)
     yield guarded("batches", lambda: reader.check_shapes(asked.model))
-    yield from _computed(reader, asked.model, asked)
+    yield from _computed(reader, asked.model, asked, asked.answers(asked.model))
 
 
 CHECKS: dict[str, Callable[..., Iterator[Check]]] = {"hf": _hf, "peft": _peft, "gguf": _gguf, "onnx": _onnx}
@@ -229,12 +238,13 @@ def _stored(found: Foreign, asked: Asked, kind: str) -> Iterator[Check]:
     return model
 
 
-def _computed(reader: Reader, model: LM, asked: Asked) -> Iterator[Check]:
+def _computed(reader: Reader, model: LM, asked: Asked, answers: list[list[int]], what: str = "") -> Iterator[Check]:
     spread = [1.0]
 
     def logits() -> Check:
         row, spread[0] = check_logits(reader, model, asked.rows)
         return row
 
-    yield guarded(reader.gives, logits)
-    yield guarded(f"{asked.tokens} greedy tokens", lambda: check_greedy(reader, model, asked.prompts, asked.tokens, spread[0]))
+    greedy = lambda: check_greedy(reader, model, asked.prompts, answers, spread[0])
+    for name, check in ((reader.gives, logits), (f"{asked.tokens} greedy tokens", greedy)):
+        yield replace(guarded(name, check), name=name + what)
