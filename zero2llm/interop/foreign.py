@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zero2llm.core.config import to_dict
-from zero2llm.core.files import hashes, new_folder
+from zero2llm.core.files import hashes, new_folder, read_json
 from zero2llm.core.lazy import Lazy, write_tensors
 from zero2llm.interop.hf_config import family, from_hf_config
 from zero2llm.interop.hf_names import Rule
@@ -118,6 +118,7 @@ def import_model(found: Foreign, out: Path, overwrite: bool = False) -> ModelCon
             raise ValueError(
                 f"{found.source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {cfg.vocab_size}: it is another model's"
             )
+        _stop_as_there(found, tokenizer, part / "tokenizer" / "tokenizer_config.json")
         write_tensors(made.ours(), made.parts(), part / "model")
         _json(part / "config.json", {"format": 1, "model": to_dict(cfg)})
         if found.generation:
@@ -125,6 +126,16 @@ def import_model(found: Foreign, out: Path, overwrite: bool = False) -> ModelCon
         manifest = {"format": 1, "step": 0, "tokens": 0, "parent": None, "metrics": {}, "source": found.source}
         _json(part / "manifest.json", manifest | {"sha256": hashes(part)})
     return cfg
+
+
+def _stop_as_there(found: Foreign, tokenizer: Tokenizer, config: Path) -> None:
+    """Where its generation settings name further tokens that end an answer (as GLM's <|user|>), ours stops at them too."""
+    said = found.generation.get("eos_token_id")
+    ids = [said] if isinstance(said, int) else said or []
+    if beyond := [i for i in ids if not 0 <= i < tokenizer.vocab_size]:
+        raise ValueError(f"{found.source}: eos_token_id {beyond[0]} of its generation settings is no token: there are {tokenizer.vocab_size}")
+    if more := [tokenizer.library.id_to_token(i) for i in ids if i not in tokenizer.stop_ids]:
+        _json(config, read_json(config) | {"stop_tokens": [*tokenizer.roles.stops, *more]})
 
 
 def _json(path: Path, data: dict) -> None:
