@@ -24,6 +24,7 @@ from zero2llm.train.guard import NonFiniteError
 from zero2llm.train.loss import Loss
 from zero2llm.train.objectives.clm import CLM
 from zero2llm.train.objectives.dpo import DPOConfig
+from zero2llm.train.objectives.reference import Frozen
 
 
 def tiny(vocab: int = 31, **changes) -> LM:
@@ -278,7 +279,7 @@ def test_dpo_learns_the_preference():
     trainable = torch.zeros(8, 10)
     trainable[:, 5:] = 1
     batch = Batch.shifted(tokens, trainable, Seq.rows(8, 10), group=2)
-    objective, seen = DPOConfig(beta=0.5).build(LM.clone(model)), []
+    objective, seen = DPOConfig(beta=0.5).build(Frozen(LM.clone(model))), []
     fit(model, objective, Repeat(batch), build_optim(model, AdamWConfig(lr=3e-3)), FitConfig(steps=40, micro_rows=4), hooks=[lambda s: seen.append(s.metrics)])
     assert seen[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and seen[0]["margin"] == pytest.approx(0, abs=1e-5)
     assert seen[-1]["moved_right"] == 1.0 and seen[-1]["loss"] < 0.2

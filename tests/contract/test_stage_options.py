@@ -85,7 +85,7 @@ def test_mup_reaches_the_optimizer_of_a_stage(root, monkeypatch):
     ({"blocks": {"qwen3": {"mixer": {"n_heads": 3, "n_kv_heads": 2}}}}, {}, "n_heads = 3 must be a multiple"),
     ({"blocks": {"qwen3": {"ffn": {"kind": "moe", "n_experts": 2, "top_k": 3, "hidden": 8}}}}, {}, "top_k = 3"),
     ({"blocks": {"qwen3": {"ffn": {"kind": "expert_choice", "n_experts": 2, "hidden": 8}}}}, {}, "cannot generate"),
-    ({"score_head": True}, {}, "no objective trains it yet"),
+    ({"score_head": True}, {}, "objective reward adds it"),
     ({"logit_softcap": 0}, {}, "logit_softcap = 0"),
     ({}, {"optim": {"kind": "adamw", "eps": -1}}, "eps = -1"),
 ])  # fmt: skip
@@ -105,11 +105,12 @@ def test_dpo_trains_what_layers_report_as_losses():
     from zero2llm.model.presets import llama
     from zero2llm.model.spec import ModelConfig
     from zero2llm.train.objectives.dpo import DPOConfig
+    from zero2llm.train.objectives.reference import Frozen
 
     base = to_dict(llama(31, 32, 1, 2, 2, 48, 64, tied=True))
     model = LM(parse(ModelConfig, swapped(swapped(base, "mixer", "dsa"), "ffn", "moe")))
     batch = ragged()
-    loss = DPOConfig().build(LM.clone(model))(model, Batch(batch.tokens, batch.labels, batch.seq, group=2))
+    loss = DPOConfig().build(Frozen(LM.clone(model)))(model, Batch(batch.tokens, batch.labels, batch.seq, group=2))
     loss.total.backward()
     indexer = [p.grad for n, p in model.named_parameters() if "index" in n]
     assert indexer and all(g is not None and g.abs().sum() > 0 for g in indexer)

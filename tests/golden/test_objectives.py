@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from zero2llm.core.batch import IGNORE, Batch
 from zero2llm.core.seq import Seq
 from zero2llm.ops.xent import cross_entropy_plain, cross_entropy_sum, token_logps
-from zero2llm.train.objectives.dpo import DPOConfig, preference_loss, sequence_logps
+from zero2llm.train.objectives.dpo import DPOConfig, preference_loss
+from zero2llm.train.objectives.pairs import sequence_logps
+from zero2llm.train.objectives.reference import Frozen
 
 
 def case(dtype=torch.float64, n=20, d=16, v=50):
@@ -121,7 +123,7 @@ def test_dpo_loss_and_gradient_by_formula(eps, sft):
         want = want - (1 - eps) * torch.log(1 / (1 + torch.exp(-d))) - eps * torch.log(1 / (1 + torch.exp(d)))
         want = want - sft * by_hand(model, batch, chosen) / (6, 0, 3)[chosen]
     want_grad = torch.autograd.grad(want, model.table)[0]
-    loss = cfg.build(reference)(model, batch)
+    loss = cfg.build(Frozen(reference))(model, batch)
     assert float(loss.total.detach()) == pytest.approx(float(want.detach()), rel=1e-6) and int(loss.count) == 2
     torch.testing.assert_close(torch.autograd.grad(loss.total, model.table)[0], want_grad, atol=1e-6, rtol=1e-5)
 
@@ -138,7 +140,7 @@ def test_empty_preference_mask_would_be_constant_ln2():
     """The trap: a mask that is empty trains nothing while the loss looks plausible. The loader refuses such pairs."""
     model, batch = Bigram(), pairs()
     empty = Batch(batch.tokens, torch.full_like(batch.labels, IGNORE), batch.seq, group=2)
-    loss = DPOConfig().build(Bigram())(model, empty)
+    loss = DPOConfig().build(Frozen(Bigram()))(model, empty)
     assert float(loss.total.detach()) / 2 == pytest.approx(math.log(2))
 
 
@@ -146,7 +148,7 @@ def test_empty_preference_mask_would_be_constant_ln2():
 def test_planted_bugs_are_caught(bug):
     """Four ways in which DPO is often wrong; each must move the loss away from the formula."""
     model, reference, batch = Bigram(), Bigram(), pairs()
-    right = float(DPOConfig(beta=0.3).build(reference)(model, batch).total)
+    right = float(DPOConfig(beta=0.3).build(Frozen(reference))(model, batch).total)
     logps, ref = sequence_logps(model, batch), sequence_logps(reference, batch)
     if bug == "unshifted":
         wrong = Batch(batch.tokens, torch.where(batch.labels != IGNORE, batch.tokens, IGNORE), batch.seq, group=2)

@@ -17,6 +17,7 @@ from typing import Any
 from zero2llm.data.fitting import Marked, TooLong, fitted
 from zero2llm.data.pictures import IMAGE_MARK
 from zero2llm.data.schemas import Conversation, Judged, Message, Pictured, Preference, Prompt
+from zero2llm.data.shapes import SameAnswers
 from zero2llm.data.sources import BadRecords
 from zero2llm.data.token_writer import Item
 from zero2llm.data.trained import LEFT_OUT, TrainOn, left_out, marked
@@ -103,7 +104,8 @@ def _each(records: Iterable[Any], make: Callable[[Any], Any], bad: BadRecords, k
             made = make(record)
         except ValueError as error:
             where = "" if type(record) is list else record.where  # bare lists of messages come from callers in Python
-            bad.reject(where or f"{kind} {number}", str(error))
+            tell = bad.leave_out if isinstance(error, SameAnswers) else bad.reject
+            tell(where or f"{kind} {number}", str(error))
         else:
             yield made
 
@@ -141,19 +143,30 @@ def pair_item(
 ) -> tuple[Marked, Marked]:
     """The chosen and the rejected side, prompt included; the loss is on the completion only.
 
-    Raises ValueError if a side is longer than ``max_len``, or the template renders the prompt otherwise when more follows.
+    Raises ValueError if a side is longer than ``max_len``, or the template renders the prompt otherwise when more follows;
+    SameAnswers if the two are the same tokens.
     """
     chosen, rejected = (
         _side(pair.prompt, answer, pair.tools, tokenizer, max_len, style) for answer in (pair.chosen, pair.rejected)
     )
+    if chosen[0] == rejected[0]:
+        raise SameAnswers("chosen and rejected are the same once the chat template has shown them")
     return chosen, rejected
 
 
 def pair_items(
-    pairs: Iterable[Preference], tokenizer: Tokenizer, max_len: int, bad: BadRecords, style: Style | None = None
-) -> Iterator[Item]:
-    """Chosen, rejected, chosen, rejected ... A pair that does not fit goes whole, and is named in ``bad``."""
-    for sides in _each(pairs, partial(pair_item, tokenizer=tokenizer, max_len=max_len, style=style), bad, "pair"):
+    pairs: Iterable[Preference], tokenizer: Tokenizer, max_len: int, bad: BadRecords, style: Style | None = None, *,
+    margins: bool = False,
+) -> Iterator[Item]:  # fmt: skip
+    """Chosen, rejected, chosen, rejected ... A pair that does not fit goes whole, and is named in ``bad``.
+
+    ``margins``: each side says {"margin": by how much the chosen one is better}."""
+
+    def item(pair: Preference) -> list[Item]:
+        extra = ({"margin": pair.margin},) if margins else ()
+        return [(*side, *extra) for side in pair_item(pair, tokenizer, max_len, style)]
+
+    for sides in _each(pairs, item, bad, "pair"):
         yield from sides
 
 

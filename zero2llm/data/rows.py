@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from hashlib import sha256
 from typing import Protocol
@@ -14,6 +15,8 @@ from zero2llm.core.seq import Seq
 from zero2llm.data.pack import best_fit, concat_rows, cut_rows, fill_row, stored_row
 from zero2llm.data.shards import TokenShards
 from zero2llm.data.shuffle import Permutation
+
+MULTIPLE = 16  # lengths of single rows are rounded up to this, so that few different shapes occur
 
 
 class Rows(Protocol):
@@ -52,6 +55,12 @@ def check_trained(shards: TokenShards, block: int = 1 << 16) -> None:
             raise ValueError(
                 f"{shards.path}: item {first + int(np.argmin(trained != 0))} has no trained token; remove it from the data"
             )
+
+
+def item_of(shards: TokenShards, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of one item."""
+    here = slice(int(shards.offsets[i]), int(shards.offsets[i + 1]))
+    return shards.tokens[here], shards.mask[here]
 
 
 def stacked(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
@@ -180,34 +189,57 @@ class ConversationRows:
         return Batch.shifted(torch.from_numpy(tokens), torch.from_numpy(mask), Seq.of_segments(torch.from_numpy(seg)))
 
 
+def padded(items: list[tuple[np.ndarray, np.ndarray]], pad_id: int, max_len: int | None, extra: dict, group: int) -> Batch:
+    """One row for each (tokens, mask), padded on the right; no wider than ``max_len``, which no item passes."""
+    lengths = [len(tokens) for tokens, _ in items]
+    width = min(-(-max(lengths) // MULTIPLE) * MULTIPLE, max_len or 1 << 30)
+    tokens = np.full((len(items), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(items), width), dtype=np.uint8)
+    for row, (n, (ids, trained)) in enumerate(zip(lengths, items, strict=True)):
+        tokens[row, :n], mask[row, :n] = ids, trained
+    seq = Seq.ragged(torch.tensor(lengths), width)
+    return Batch.shifted(torch.from_numpy(tokens), torch.from_numpy(mask), seq, group=group, extra=extra)
+
+
+def beside(shards: TokenShards, key: str) -> list | None:
+    """What every item says under ``key`` in extra.jsonl; None if there is no such file."""
+    if "extra.jsonl" not in shards.manifest["sizes"]:
+        return None
+    with open(shards.path / "extra.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)[key] for line in file]
+
+
 class PairRows:
-    """Preferences: items 2i and 2i + 1 are the chosen and the rejected side of pair i, one row each."""
+    """Preferences: items 2i and 2i + 1 are the chosen and the rejected side of pair i, one row each.
+
+    reference : (pairs, 2) log-probabilities that another model gave the sides; the batch then has them as extra["ref"].
+    A margin that stands beside the items becomes extra["margin"].
+    """
 
     unit = 2
-    MULTIPLE = 16  # row length is rounded up to this, so that few different shapes occur
 
-    def __init__(self, shards: TokenShards, pad_id: int, seed: int | None):
+    def __init__(self, shards: TokenShards, pad_id: int, seed: int | None, max_len: int | None = None):
         check_trained(shards)
         if len(shards) % 2:
             raise ValueError(
                 f"{shards.path}: holds {len(shards)} items; pairs come as chosen, rejected, chosen, rejected ..."
             )
         self.shards, self.pad_id, self.seed, self.identity = shards, pad_id, seed, identity(shards, None)
+        self.max_len, self.reference, self.margins = max_len, None, beside(shards, "margin")
         self.order = lru_cache(maxsize=2)(lambda epoch: shuffled(len(self), self.seed, epoch))
 
     def __len__(self) -> int:
         return len(self.shards) // 2
 
     def batch(self, wanted: list[tuple[int, int]]) -> Batch:
-        pairs = [int(self.order(epoch)[pair]) for epoch, pair in wanted]
+        return self.numbered([int(self.order(epoch)[pair]) for epoch, pair in wanted])
+
+    def numbered(self, pairs: list[int]) -> Batch:
+        """These pairs, by their place in the files."""
         items = [2 * pair + side for pair in pairs for side in (0, 1)]
-        lengths = [int(self.shards.offsets[i + 1] - self.shards.offsets[i]) for i in items]
-        width = -(-max(lengths) // self.MULTIPLE) * self.MULTIPLE
-        tokens = np.full((len(items), width), self.pad_id, dtype=np.int64)
-        mask = np.zeros((len(items), width), dtype=np.uint8)
-        for row, (i, n) in enumerate(zip(items, lengths, strict=True)):
-            a = int(self.shards.offsets[i])
-            tokens[row, :n], mask[row, :n] = self.shards.tokens[a : a + n], self.shards.mask[a : a + n]
-        seq = Seq.ragged(torch.tensor(lengths), width)
         extra = {"pair": torch.tensor(pairs).repeat_interleave(2)}
-        return Batch.shifted(torch.from_numpy(tokens), torch.from_numpy(mask), seq, group=2, extra=extra)
+        if self.margins is not None:
+            extra["margin"] = torch.tensor([self.margins[i] for i in items], dtype=torch.float32)
+        if self.reference is not None:
+            extra["ref"] = self.reference[pairs].flatten()
+        return padded([item_of(self.shards, i) for i in items], self.pad_id, self.max_len, extra, group=2)

@@ -18,9 +18,11 @@ from zero2llm.data.shapes import (
     Judged,
     Preference,
     Prompt,
+    SameAnswers,
     as_agent,
     as_conversation,
     as_judged,
+    as_judged_sides,
     as_object,
     as_preference,
     as_single_prompt,
@@ -139,15 +141,18 @@ def conversations(paths: Sequence[str], bad: BadRecords, schema: str | None = No
 
 
 def preferences(paths: Sequence[str], bad: BadRecords) -> Iterator[Preference]:
-    """One pair a record. Bad: no prompt, or no difference between the two answers."""
+    """One pair a record. Bad: no prompt. Two answers that are the same are left out, and listed in ``bad``."""
     for where, pair in _parsed(paths, bad, as_preference):
         yield replace(pair, where=where)
 
 
 def judged(paths: Sequence[str], bad: BadRecords) -> Iterator[Judged]:
-    """One judged answer a record (KTO)."""
-    for where, answer in _parsed(paths, bad, as_judged):
-        yield replace(answer, where=where)
+    """One judged answer a record (KTO), or two of a pair; ``bad.noted`` counts the pairs."""
+    for where, answers in _parsed(paths, bad, as_judged_sides):
+        if len(answers) == 2:
+            bad.noted["pairs read as two judged answers each"] += 1
+        for answer in answers:
+            yield replace(answer, where=where)
 
 
 def prompts(paths: Sequence[str], bad: BadRecords, schema: str | None = None) -> Iterator[Prompt]:
@@ -188,6 +193,8 @@ def _parsed(
         for record in _lines(whole) if lines else [whole]:
             try:
                 value = parse(record.value)
+            except SameAnswers as error:
+                bad.leave_out(f"{record.file}, line {record.line}", str(error))
             except ValueError as error:
                 bad.add(record.file, record.line, str(error))
             else:

@@ -6,6 +6,7 @@ Source: the record formats of TRL ("Dataset formats and types"), LLaMA-Factory a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from zero2llm.data.tool_calls import same_tools
@@ -14,15 +15,20 @@ from zero2llm.data.turns import ANSWERING, MEDIA, Conversation, Message, convers
 SINGLE = (("instruction", "output"), ("prompt", "response"), ("prompt", "completion"))
 
 
+class SameAnswers(ValueError):
+    """Chosen and rejected are one answer: nothing to correct, and nothing to learn."""
+
+
 @dataclass(frozen=True)
 class Preference:
-    """The shared turns, and two assistant turns that could follow."""
+    """The shared turns, and two assistant turns that could follow. ``margin``: how much better the chosen one is."""
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
     where: str = field(default="", compare=False)
     tools: list[dict] | None = None
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,14 +147,21 @@ def as_preference(value: object) -> Preference:
         # the lists hold more than it: a system turn, history
         prompt = conversation([])
     if not chosen and not rejected:
-        raise ValueError("chosen and rejected are the same; such a pair teaches nothing")
+        raise SameAnswers("chosen and rejected are the same; such a pair teaches nothing")
     if not chosen or not rejected:
         raise ValueError("one of chosen and rejected is the other's beginning; there is nothing to compare")
     if not [*prompt, *inside]:
         raise ValueError("no prompt: neither a field 'prompt' nor turns that chosen and rejected share")
     if any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
         raise ValueError("chosen and rejected must part at an assistant message; here the prompts differ")
-    return Preference([*prompt, *inside], chosen, rejected, tools=tools)
+    return Preference([*prompt, *inside], chosen, rejected, tools=tools, margin=_margin(value))
+
+
+def _margin(record: dict) -> float:
+    margin = record.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not isfinite(margin)):
+        raise ValueError(f"margin is {margin!r}; a number was expected: by how much the chosen answer is better")
+    return float(margin or 0.0)
 
 
 def _prompt_of(record: dict) -> Conversation:
@@ -175,6 +188,15 @@ def as_judged(value: object) -> Judged:
         raise ValueError("the completion must begin with an assistant message and hold no other person's")
     asked = conversation(prompt, same_tools(prompt.tools, said.tools))
     return Judged(asked, list(said), bool(label))
+
+
+def as_judged_sides(value: object) -> list[Judged]:
+    """A judged answer, or the two of a pair: the chosen one good, the rejected one not."""
+    if "completion" in as_object(value) or not {"chosen", "rejected"} <= set(value):
+        return [as_judged(value)]
+    pair = as_preference(value)
+    asked = conversation(pair.prompt, pair.tools)
+    return [Judged(asked, pair.chosen, True), Judged(asked, pair.rejected, False)]
 
 
 def as_single_prompt(value: object) -> Prompt:

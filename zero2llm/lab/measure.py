@@ -17,7 +17,7 @@ from zero2llm.engine.sampling import Sampling
 from zero2llm.evals.metrics import Rate, bits_per_byte, exact_match, win_rate
 from zero2llm.evals.tasks.items import Item
 from zero2llm.model.lm import LM
-from zero2llm.train.objectives.dpo import sequence_logps
+from zero2llm.train.objectives.pairs import sequence_logps
 
 
 def peak_rss_mb() -> float:

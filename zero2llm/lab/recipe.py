@@ -7,20 +7,19 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from zero2llm.adapters.config import AdapterConfig
-from zero2llm.core.config import by_kind, config, json_schema, parse, read_yaml, to_dict
+from zero2llm.core.config import config, json_schema, parse, read_yaml, to_dict
+from zero2llm.lab.objectives import ObjectiveConfig, check_objective
 from zero2llm.model.presets import PRESETS, preset
 from zero2llm.model.spec import ModelConfig
 from zero2llm.optim.adamw import AdamWConfig
 from zero2llm.optim.build import OptimConfig
 from zero2llm.train.fit import FitConfig
 from zero2llm.train.objectives.clm import CLMConfig
-from zero2llm.train.objectives.dpo import DPOConfig
 
 BUILT_IN = Path(__file__).parent.parent / "recipes"
-ObjectiveConfig = Annotated[CLMConfig | DPOConfig, by_kind]
 
 
 @config
@@ -152,8 +151,7 @@ class Recipe:
             raise ValueError(f"quantize: {self.quantize} is for adapters: weights in four bits cannot be trained; add the key adapter")
         if self.objective.kind != "clm" and (self.data.mixture or self.data.packing != "concat"):
             raise ValueError(f"data.mixture and data.packing are for documents; objective {self.objective.kind} reads whole samples")
-        if self.objective.kind == "dpo" and self.init is None:
-            raise ValueError("objective dpo needs init: the checkpoint is also its reference")
+        check_objective(self.objective, self.init, self.adapter is not None, bool(self.eval.prompts))
         if self.model is not None and self.model.init.kind == "mup" and self.optim.kind == "muon":
             raise ValueError("init mup scales Adam's learning rates and says nothing about muon: take optim adamw")
         if self.model is not None and (self.model.mtp is None) != (self.objective_mtp is None):
@@ -162,7 +160,7 @@ class Recipe:
                 + ("give the weight, or nothing trains the depths" if self.model.mtp else "the model has no depths")
             )
         if self.model is not None and self.model.score_head:
-            raise ValueError("model.score_head: no objective trains it yet; leave it out")
+            raise ValueError("model.score_head: objective reward adds it to the checkpoint that it begins from; leave it out")
         if self.model is not None and self.eval.prompts and not self.model.decodes:
             raise ValueError("eval.prompts: a model with expert_choice cannot generate; remove the prompts, or take ffn moe")
         if self.seq_len < 2 or self.batch_tokens % self.seq_len:

@@ -15,11 +15,12 @@ from zero2llm.core.batch import Batch
 from zero2llm.core.config import to_dict
 from zero2llm.core.files import new_folder, write_atomic
 from zero2llm.core.log import console
-from zero2llm.data.chats import conversation_items, pair_items
+from zero2llm.data.chats import conversation_items, judged_items, pair_items
+from zero2llm.data.judged_rows import JudgedRows
 from zero2llm.data.loader import Loader
 from zero2llm.data.pipeline.run import stamp
 from zero2llm.data.rows import ConversationRows, PairRows, Rows
-from zero2llm.data.schemas import conversations, preferences
+from zero2llm.data.schemas import conversations, judged, preferences
 from zero2llm.data.shards import TokenShards, build_shards, share
 from zero2llm.data.sources import BadRecords, documents, expand
 from zero2llm.data.token_writer import Item
@@ -33,10 +34,13 @@ from zero2llm.tokenizers.tokenizer import Tokenizer
 
 @dataclass
 class Sets:
-    """``train`` repeats for ever and knows its place; ``valid()`` is one fresh pass over held-out rows."""
+    """``train`` repeats for ever and knows its place; ``valid()`` is one fresh pass over held-out rows.
+
+    rows : what the two read, training first."""
 
     train: Loader
     valid: Callable[[], Iterable[Batch]]
+    rows: tuple[Rows, Rows]
 
 
 def read_documents(data: DataConfig, paths: tuple[str, ...]) -> tuple[list[str], BadRecords]:
@@ -97,7 +101,9 @@ def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) ->
             return corpus_rows(recipe, tokenizer)(shards, seed)
         if kind == "sft":
             return ConversationRows(shards, recipe.seq_len, tokenizer.pad_id, seed)
-        return PairRows(shards, tokenizer.pad_id, seed)
+        if kind == "kto":
+            return JudgedRows(shards, recipe.seq_len, tokenizer.pad_id, seed)
+        return PairRows(shards, tokenizer.pad_id, seed, recipe.seq_len)
 
     held_out = rows(valid, recipe.seed)  # shuffled: `valid_rows` must not mean the first file only
     n = min(recipe.rows, recipe.data.valid_rows or recipe.rows)
@@ -107,7 +113,7 @@ def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) ->
         return islice(loader, -(-(recipe.data.valid_rows or 10**9) // n))
 
     source = training_rows(recipe, tokenizer, train) if kind == "clm" else rows(train[0], recipe.seed)
-    return Sets(Loader(source, recipe.rows, seed=recipe.seed, **ranks), one_pass)
+    return Sets(Loader(source, recipe.rows, seed=recipe.seed, **ranks), one_pass, (source, held_out))
 
 
 def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[list[TokenShards], TokenShards]:
@@ -124,6 +130,8 @@ def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[list[Token
         if not bad.found:
             raise
         raise ValueError(f"{error}; {bad.total} bad records were left out, the first: {bad.found[0]}") from None
+    for what, n in sorted(bad.noted.items()):
+        console().print(f"{what}: {n}", style="yellow", markup=False)
     if bad.found:
         console().print(
             f"{bad.total} bad records left out; the first: {bad.found[0]}", style="yellow", markup=False
@@ -157,7 +165,7 @@ def _key(recipe: Recipe, tokenizer: Tokenizer) -> str:
 def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Iterable[Item], Iterable[Item]]:
     """Training and held-out items; held out by content where the recipe names no files for it."""
     data = recipe.data
-    read = partial(conversations, schema=data.sft_schema) if recipe.objective.kind == "sft" else preferences
+    read = {"sft": partial(conversations, schema=data.sft_schema), "kto": judged}.get(recipe.objective.kind, preferences)
     records = lambda paths: islice(read(paths, bad), data.max_documents)
     if data.valid is not None:
         return tuple(_tokenized(recipe, tokenizer, records(paths), bad) for paths in (data.train, data.valid))
@@ -176,8 +184,11 @@ def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Itera
 def _tokenized(recipe: Recipe, tokenizer: Tokenizer, records: Iterable, bad: BadRecords) -> Iterable[Item]:
     names, thinking = recipe.data.template_names, recipe.data.train_thinking
     style = Style(names, thinking) if names or not thinking else None
+    if recipe.objective.kind == "kto":
+        yield from judged_items(records, tokenizer, recipe.seq_len, bad, style)
+        return
     if recipe.objective.kind != "sft":
-        yield from pair_items(records, tokenizer, recipe.seq_len, bad, style)
+        yield from pair_items(records, tokenizer, recipe.seq_len, bad, style, margins=recipe.objective.kind == "reward")
         return
     notes: Counter[str] = Counter()
     choice = {"too_long": recipe.data.too_long, "train_on": recipe.data.train_on}

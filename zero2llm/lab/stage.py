@@ -21,6 +21,8 @@ from zero2llm.core.log import console
 from zero2llm.core.seeds import seed_all
 from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
+from zero2llm.lab.objectives import Referred
+from zero2llm.lab.preference import referred, score_only
 from zero2llm.lab.recipe import Recipe
 from zero2llm.lab.sets import Sets, build_sets, build_tokenizer, keep_tokenizer
 from zero2llm.model.lm import LM
@@ -28,12 +30,13 @@ from zero2llm.optim.build import build_optim
 from zero2llm.parallel.plan import init_world
 from zero2llm.tokenizers.shipped import with_template
 from zero2llm.tokenizers.tokenizer import Tokenizer
-from zero2llm.train.adapted import AdapterRun, Undressed, dress, weights_hash, with_penalty
+from zero2llm.train.adapted import AdapterRun, dress, weights_hash, with_penalty
 from zero2llm.train.checkpoint import Checkpoint, latest
 from zero2llm.train.evaluate import evaluate
 from zero2llm.train.fit import FitState, fit
 from zero2llm.train.hooks import Save, Validate
 from zero2llm.train.loss import Objective
+from zero2llm.train.objectives.reward import calibration
 from zero2llm.train.telemetry import Telemetry
 
 
@@ -91,6 +94,7 @@ def _model_and_tokenizer(recipe: Recipe, run: Path) -> tuple[LM, Tokenizer, Path
             raise ValueError(f"objective.mtp_weight is given, but {recipe.init} was trained without `mtp`")
         if model.mtp is not None:
             model.mtp.requires_grad_(recipe.objective_mtp is not None)
+        score_only(model, recipe.objective.kind == "reward")
         return model, tokenizer, parent.tokenizer_dir, str(parent.path)
     tokenizer, folder = build_tokenizer(recipe.tokenizer, recipe.data, run)
     if tokenizer.vocab_size != recipe.model.vocab_size:
@@ -114,7 +118,7 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     adapter = start_adapter(recipe, model, parent, quiet or world.rank > 0)
     model = model.to(device)
     optim = build_optim(model, recipe.optim, model.width_ratio, lr_multipliers(model))
-    objective = _objective(recipe, model)
+    objective, sets = _objective(recipe, model, sets, parent, run)
     seed_all(recipe.seed + world.rank)
     state, steps = FitState(), recipe.fit.steps
     if resume and (found := latest(run)):
@@ -123,7 +127,7 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     if recipe.adapter is not None and recipe.adapter.kind == "adalora":
         optim.after = lambda: after_step(model, state.step + 1, steps)
     telemetry = Telemetry(run, recipe.objective.kind, steps, start_step=state.step, tensorboard=recipe.log.tensorboard, quiet=quiet) if world.rank == 0 else None  # fmt: skip
-    countable = recipe.objective.kind != "dpo" and tokenizer.nature.form != "text"  # bits per byte need bytes
+    countable = recipe.objective.kind in ("clm", "sft") and tokenizer.nature.form != "text"  # bits per byte need bytes
     lengths = torch.tensor(tokenizer.byte_lengths()) if countable else None
     validate = Validate(lambda: _measure(model, objective, sets, recipe, lengths), recipe.eval.every, steps, telemetry)
     what = {"model": model, "tokenizer_dir": tokenizer_dir, "optim": optim, "batches": sets.train, "parent": parent, "adapter": adapter}
@@ -161,17 +165,18 @@ def start_adapter(recipe: Recipe, model: LM, parent: str | None, quiet: bool) ->
     return run
 
 
-def _objective(recipe: Recipe, model: LM) -> Objective:
-    """DPO's reference is the model as it begins: the base under an adapter, otherwise a copy."""
-    if recipe.objective.kind != "dpo":
-        made = recipe.objective.build()
+def _objective(recipe: Recipe, model: LM, sets: Sets, parent: str | None, run: Path) -> tuple[Objective, Sets]:
+    """What is trained, and the batches as it wants them."""
+    if isinstance(recipe.objective, Referred):
+        made, sets = referred(recipe, model, sets, parent, run / "data")
     else:
-        made = recipe.objective.build(LM.clone(model) if recipe.adapter is None else Undressed(model))
-    return made if recipe.adapter is None else with_penalty(made, recipe.adapter)
+        made = recipe.objective.build()
+    return made if recipe.adapter is None else with_penalty(made, recipe.adapter), sets
 
 
 def _measure(model: LM, objective, sets: Sets, recipe: Recipe, lengths: Tensor | None) -> dict[str, float]:
-    return evaluate(model, objective, sets.valid(), micro_rows=recipe.fit.micro_rows, byte_lengths=lengths)
+    found = evaluate(model, objective, sets.valid(), micro_rows=recipe.fit.micro_rows, byte_lengths=lengths)
+    return calibration(found) if recipe.objective.kind == "reward" else found
 
 
 def _sampler(model: LM, tokenizer: Tokenizer, recipe: Recipe, telemetry: Telemetry):

@@ -15,7 +15,7 @@ from zero2llm.core.log import console
 from zero2llm.train.fit import FitState
 
 MEANING = {
-    "loss": "training loss of this step, nats per target token (DPO: per pair)",
+    "loss": "training loss of this step, nats per target token (preferences: per pair; KTO: per answer)",
     "mtp": "multi-token prediction: nats per token behind the next one, mean over its depths",
     "valid_mtp": "the same on held-out data",
     "valid_loss": "loss on held-out data, nats per target token",
@@ -27,11 +27,20 @@ MEANING = {
     "step_s": "seconds this step took",
     "memory_mb": "memory of this process now, MiB (CUDA: peak of the device)",
     "skipped": "1 where the step changed nothing: fp16 overflow, or no target in the batch",
-    "margin": "DPO: beta * (how much further chosen rose than rejected, against the reference)",
-    "moved_right": "DPO: share of pairs that moved towards the preference",
-    "win_rate": "DPO: share of pairs in which the model finds the chosen answer likelier than the rejected",
-    "logp_chosen": "DPO: log-probability of chosen answers; it may fall, but less than the rejected",
-    "logp_rejected": "DPO: log-probability of rejected answers",
+    "margin": "how far the objective finds chosen ahead of rejected, in its own unit (DPO: beta times how much further chosen "
+    "rose against the reference; CPO, SimPO: beta times log-probabilities; IPO: log-ratios; ORPO: log odds; reward: scores)",
+    "moved_right": "share of pairs with a margin above 0 (KTO: of answers that rose if good, sank if bad)",
+    "win_rate": "share of pairs in which the model finds the chosen answer likelier than the rejected",
+    "logp_chosen": "log-probability of chosen (KTO: good) answers; it may fall, but less than the rejected",
+    "logp_rejected": "log-probability of rejected (KTO: bad) answers",
+    "z": "KTO: mean log-ratio of mismatched answers, at least 0: how far the model has left its reference altogether",
+    "reward_chosen": "KTO: beta times the log-ratio of good answers",
+    "reward_rejected": "KTO: beta times the log-ratio of bad answers",
+    "accuracy": "reward: share of pairs whose chosen answer scores higher",
+    "reward": "reward: mean score of all answers; it has no meaning of its own and should not drift far",
+    "longer_chosen": "reward: share of pairs of unequal length whose longer answer is the chosen one: what a ruler would get",
+    "accuracy_shorter": "reward: accuracy where the chosen answer is the shorter one: what a ruler gets wrong",
+    "calibration": "reward: expected calibration error in ten bins of confidence; 0 = score differences mean what they say",
 }
 
 

@@ -113,6 +113,10 @@ class BadRecords:
         reason = reason if len(reason) <= REASON else reason[:REASON] + " ..."
         if not self.skip:
             raise ValueError(f"{where}: {reason}; correct it, or pass --skip-bad-records to leave such records out")
+        self.leave_out(where, reason)
+
+    def leave_out(self, where: str, reason: str) -> None:
+        """Count and list a record that is no mistake, but of no use: with or without ``skip`` the run goes on."""
         self.total += 1
         if len(self.found) < LISTED:
             self.found.append(f"{where}: {reason}")

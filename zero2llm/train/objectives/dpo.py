@@ -5,9 +5,11 @@
     with label smoothing eps:  L = -(1 - eps) log sigmoid(beta d) - eps log sigmoid(-beta d)
 
 Source: 2305.18290 eq. 7; smoothing: section 3 of 2403.00409 (conservative DPO). `sft_weight` adds the chosen
-answer's mean negative log-likelihood (RPO, 2404.19733 eq. 1), which keeps its probability from sinking along. What layers
-report as losses (a router's balance, an indexer's) counts once per pair.
-Cost: a forward pass of the frozen reference beside each training pass, and its weights in memory.
+answer's mean negative log-likelihood (RPO, 2404.19733 eq. 1), which keeps its probability from sinking along; the logged
+`loss` is without it. `reference: none` takes h = log pi (the authors' reference-free option).
+Why: no reward model and no sampling; the policy is its own reward, beta h.
+Cost: a forward pass of the frozen reference beside each training pass, and its weights in memory; with `precomputed` one
+pass over the data before training, and eight bytes a pair.
 Shapes: rows come as chosen 0, rejected 0, chosen 1, rejected 1 ... (batch.group = 2); labels only on completions.
 """
 
@@ -15,41 +17,33 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zero2llm.core.batch import IGNORE, Batch
+from zero2llm.core.batch import Batch
 from zero2llm.core.config import config
-from zero2llm.core.seq import Aux
-from zero2llm.ops.xent import token_logps
 from zero2llm.train.loss import Loss
+from zero2llm.train.objectives.pairs import pair_loss, per_token, row_logps, sides
+from zero2llm.train.objectives.reference import Reference, ReferenceKind
 
 
 @config
 class DPOConfig:
     kind: Literal["dpo"] = "dpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    beta: float = 0.1  # how much leaving the reference costs; smaller = further away
+    label_smoothing: float = 0.0  # the share of labels that are thought to be wrong
     sft_weight: float = 0.0
+    reference: ReferenceKind = "model"
 
-    def build(self, reference: nn.Module) -> DPO:
+    def __post_init__(self) -> None:
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5 or self.sft_weight < 0:
             raise ValueError(
                 f"dpo needs beta > 0, label_smoothing in [0, 0.5) and sft_weight >= 0, not {self.beta}, "
                 f"{self.label_smoothing}, {self.sft_weight}"
             )
+
+    def build(self, reference: Reference) -> DPO:
         return DPO(reference, self)
-
-
-def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
-    """(B,) fp32 sum of log p over each row's labelled tokens, in nats."""
-    return _logps_and_aux(model, batch)[0]
-
-
-def _logps_and_aux(model: nn.Module, batch: Batch) -> tuple[Tensor, Aux]:
-    hidden, aux = model(batch.tokens, batch.seq)
-    return token_logps(hidden, model.head_weight, batch.labels, model.logit_softcap).sum(-1), aux
 
 
 def preference_loss(
@@ -62,27 +56,13 @@ def preference_loss(
 
 
 class DPO:
-    def __init__(self, reference: nn.Module, cfg: DPOConfig):
-        self.reference, self.cfg = reference.eval().requires_grad_(False), cfg
+    def __init__(self, reference: Reference, cfg: DPOConfig):
+        self.reference, self.cfg = reference, cfg
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        logps, aux = _logps_and_aux(model, batch)
-        with torch.no_grad():
-            ref = sequence_logps(self.reference, batch)
-        chosen, rejected, ref_chosen, ref_rejected = logps[0::2], logps[1::2], ref[0::2], ref[1::2]
-        losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, self.cfg)
-        total, pairs = losses.sum(), torch.tensor(len(chosen), device=logps.device)
-        total = total + sum(value for name, value in aux.items() if name.endswith("_loss")) * pairs
-        if self.cfg.sft_weight:
-            lengths = (batch.labels[0::2] != IGNORE).sum(-1).clamp(min=1)
-            total = total - self.cfg.sft_weight * (chosen / lengths).sum()
-        margin = ((chosen - ref_chosen) - (rejected - ref_rejected)).detach()
-        sums = {
-            "loss": losses,
-            "margin": self.cfg.beta * margin,  # how far the pair moved apart, in reward units
-            "moved_right": (margin > 0).float(),  # share of pairs that moved towards the preference
-            "win_rate": (chosen > rejected).float(),  # share where the model itself prefers the chosen answer
-            "logp_chosen": chosen,
-            "logp_rejected": rejected,
-        }
-        return Loss(total, pairs, {name: (value.detach().sum(), pairs) for name, value in sums.items()})
+        sums, counts, aux = row_logps(model, batch)
+        ref = self.reference(batch)
+        losses = preference_loss(*sides(sums), *sides(ref), self.cfg)
+        h_chosen, h_rejected = sides(sums - ref)
+        nll = -per_token(sums, counts)[0::2]
+        return pair_loss(losses, self.cfg.beta * (h_chosen - h_rejected), sums, aux, self.cfg.sft_weight * nll)
