@@ -68,7 +68,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return out, (out + values) * mask
 
 
-def whitened(x: Tensor, mask: Tensor, moments) -> Tensor:
-    """(x - mean) / std over all masked tokens of the global batch; ``moments(x, mask)`` gives (mean, variance) over all ranks."""
-    mean, variance = moments(x, mask)
+def whitened(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std over all masked tokens of the rollout, which is that of all ranks; the unbiased variance."""
+    n = mask.sum()
+    mean = (x * mask).sum() / n.clamp(min=1)
+    variance = ((x - mean).square() * mask).sum() / (n - 1).clamp(min=1)
     return (x - mean) * (variance + 1e-8).rsqrt() * mask
+
+
+def at_last(score: Tensor, mask: Tensor) -> Tensor:
+    """(B,) -> (B, T): a score stands at the last token that the policy wrote; nowhere in a row without one."""
+    column = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = (column * mask).amax(1, keepdim=True)
+    return torch.where((column == last) & mask.bool(), score[:, None], 0)

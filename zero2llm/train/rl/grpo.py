@@ -10,6 +10,7 @@ Cost: samples answers per prompt; a reference only with kl.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from zero2llm.core.config import config
 from zero2llm.train.rl.advantages import standardised
 from zero2llm.train.rl.aggregate import per_answer
 from zero2llm.train.rl.kl import KLConfig
-from zero2llm.train.rl.policy import Played, Surrogate
+from zero2llm.train.rl.policy import Also, Played, Surrogate
 from zero2llm.train.rl.ratios import clipped_gain, token_ratio
 
 
@@ -37,7 +38,7 @@ class GRPOConfig:
 
 
 class GRPO:
-    aggregate = staticmethod(per_answer)
+    aggregate, also = staticmethod(per_answer), Also()
 
     def __init__(self, cfg: GRPOConfig):
         self.clip, self.kl = cfg.clip, cfg.kl
@@ -45,6 +46,6 @@ class GRPO:
     def advantages(self, played: Played) -> Tensor:
         return standardised(played.reward, played.ok, played.samples)[:, None]
 
-    def surrogate(self, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor) -> Surrogate:
+    def surrogate(self, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, extra: Mapping[str, Tensor]) -> Surrogate:
         gain, clipped = clipped_gain(token_ratio(logp, old, mask), adv, 1 - self.clip, 1 + self.clip)
         return Surrogate(*self.aggregate(-gain, mask), clipped)

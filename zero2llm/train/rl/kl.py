@@ -40,6 +40,43 @@ class KLConfig:
             raise ValueError("kl.estimator: k1 has no gradient as a loss; take ratio_k3, or k2")
 
 
+@config
+class RewardKLConfig:
+    """-beta k1 as a part of the reward.
+
+    beta : where it begins.  target : nats per answer to be held by moving beta; null = beta stays.  gain : how fast it moves.
+    """
+
+    beta: float = 0.05
+    target: float | None = None
+    gain: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"reward_kl.beta = {self.beta} must be positive; reward_kl: null = no reference")
+        if not (0 < self.gain < math.inf and (self.target is None or 0 < self.target < math.inf)):
+            raise ValueError(f"reward_kl: target = {self.target} and gain = {self.gain} must be positive; target null = beta stays")
+
+    def build(self) -> RewardKL:
+        return RewardKL(self)
+
+
+class RewardKL:
+    """beta <- beta (1 + gain clip(KL / target - 1, -0.2, 0.2)) after each rollout (1909.08593 section 2.2, gain 0.1)."""
+
+    def __init__(self, cfg: RewardKLConfig):
+        self.beta, self.target, self.gain = cfg.beta, cfg.target, cfg.gain
+
+    def __call__(self, old: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) rewards."""
+        return -self.beta * k1(old, ref) * mask
+
+    def adapt(self, per_answer: float) -> None:
+        """``per_answer`` : mean over answers of sum_t k1, in nats."""
+        if self.target is not None:
+            self.beta *= 1 + self.gain * min(max(per_answer / self.target - 1, -0.2), 0.2)
+
+
 def k1(logp: Tensor, ref: Tensor) -> Tensor:
     return logp - ref
 

@@ -38,7 +38,17 @@ def whole_ratio(logp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
     return ((logp - old) * mask).sum(1, keepdim=True).clamp(-LARGE, LARGE).exp()
 
 
-def clipped_gain(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def clipped_gain(ratio: Tensor, advantage: Tensor, low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:
     """min(r A, clip(r, low, high) A): what is gained, and where the clip took the gradient away (bool)."""
     free, bound = ratio * advantage, ratio.clamp(low, high) * advantage
     return torch.minimum(free, bound), (bound < free).detach()
+
+
+def dual_clipped(gain: Tensor, clipped: Tensor, advantage: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
+    """A gain of ``clipped_gain`` is held above bound * A where A < 0 (1912.09729 eq. 5): a bad token that has become very
+    likely pulls no harder than that. None = it is not."""
+    if bound is None:
+        return gain, clipped
+    floor = bound * advantage
+    below = (advantage < 0) & (gain < floor)
+    return torch.where(below, floor.expand_as(gain), gain), clipped | below.detach()
