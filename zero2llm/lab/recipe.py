@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from zero2llm.adapters.config import AdapterConfig
 from zero2llm.core.config import config, json_schema, parse, read_yaml, to_dict
-from zero2llm.lab.objectives import ObjectiveConfig, check_objective
+from zero2llm.lab.objectives import BATCH_TOKENS, ObjectiveConfig, check_objective, check_rollout
 from zero2llm.model.presets import PRESETS, preset
 from zero2llm.model.spec import ModelConfig
 from zero2llm.optim.adamw import AdamWConfig
 from zero2llm.optim.build import OptimConfig
 from zero2llm.train.fit import FitConfig
 from zero2llm.train.objectives.clm import CLMConfig
+from zero2llm.train.rl.rewards import RuleConfig
+from zero2llm.train.rl.rollout import RolloutConfig
 
 BUILT_IN = Path(__file__).parent.parent / "recipes"
 
@@ -128,9 +130,11 @@ class Recipe:
     chat_template: str | None = None  # a shipped name (chatml, qwen3 ...) or a .jinja file; None = the tokenizer's own
     data: DataConfig
     objective: ObjectiveConfig = CLMConfig()
+    rollout: RolloutConfig | None = None  # of reinforcement learning: what is sampled; its rows take the place of batch_tokens
+    reward: tuple[RuleConfig, ...] = ()  # and what an answer is worth: the weighted sum of these
     optim: OptimConfig = AdamWConfig()
     fit: FitConfig
-    batch_tokens: int = 8192
+    batch_tokens: int = BATCH_TOKENS
     seq_len: int = 256
     seed: int = 1
     device: str = "auto"
@@ -151,6 +155,7 @@ class Recipe:
             raise ValueError(f"quantize: {self.quantize} is for adapters: weights in four bits cannot be trained; add the key adapter")
         if self.objective.kind != "clm" and (self.data.mixture or self.data.packing != "concat"):
             raise ValueError(f"data.mixture and data.packing are for documents; objective {self.objective.kind} reads whole samples")
+        check_rollout(self.objective, self.rollout, self.reward, self.batch_tokens)
         check_objective(self.objective, self.init, self.adapter is not None, bool(self.eval.prompts))
         if self.model is not None and self.model.init.kind == "mup" and self.optim.kind == "muon":
             raise ValueError("init mup scales Adam's learning rates and says nothing about muon: take optim adamw")
@@ -163,6 +168,8 @@ class Recipe:
             raise ValueError("model.score_head: objective reward adds it to the checkpoint that it begins from; leave it out")
         if self.model is not None and self.eval.prompts and not self.model.decodes:
             raise ValueError("eval.prompts: a model with expert_choice cannot generate; remove the prompts, or take ffn moe")
+        if self.rollout is not None and self.rollout.max_tokens >= self.seq_len - 1:
+            raise ValueError(f"rollout.max_tokens = {self.rollout.max_tokens} leaves no room for a prompt in seq_len = {self.seq_len}")
         if self.seq_len < 2 or self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens = {self.batch_tokens} must be a multiple of seq_len = {self.seq_len}")
         if self.model is not None and self.seq_len > self.model.max_len:

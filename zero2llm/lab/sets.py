@@ -15,19 +15,21 @@ from zero2llm.core.batch import Batch
 from zero2llm.core.config import to_dict
 from zero2llm.core.files import new_folder, write_atomic
 from zero2llm.core.log import console
-from zero2llm.data.chats import conversation_items, judged_items, pair_items
+from zero2llm.data.chats import conversation_items, judged_items, pair_items, prompt_items
 from zero2llm.data.judged_rows import JudgedRows
 from zero2llm.data.loader import Loader
 from zero2llm.data.pipeline.run import stamp
+from zero2llm.data.prompts import PromptRows
 from zero2llm.data.rows import ConversationRows, PairRows, Rows
-from zero2llm.data.schemas import conversations, judged, preferences
+from zero2llm.data.schemas import conversations, judged, preferences, prompts
+from zero2llm.data.shapes import Prompt
 from zero2llm.data.shards import TokenShards, build_shards, share
 from zero2llm.data.sources import BadRecords, documents, expand
 from zero2llm.data.token_writer import Item
 from zero2llm.lab.corpus import corpus, corpus_rows, member_paths, training_rows
 from zero2llm.lab.recipe import DataConfig, Recipe, TokenizerConfig
 from zero2llm.parallel.plan import World
-from zero2llm.tokenizers.chat import Style
+from zero2llm.tokenizers.chat import Message, Style
 from zero2llm.tokenizers.starts import begin_with
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
@@ -36,11 +38,11 @@ from zero2llm.tokenizers.tokenizer import Tokenizer
 class Sets:
     """``train`` repeats for ever and knows its place; ``valid()`` is one fresh pass over held-out rows.
 
-    rows : what the two read, training first."""
+    rows : what the two read, training first. In reinforcement learning prompts, until lab/online.py makes batches of them."""
 
-    train: Loader
+    train: Loader | PromptRows | Iterable[Batch]
     valid: Callable[[], Iterable[Batch]]
-    rows: tuple[Rows, Rows]
+    rows: tuple[Rows, Rows] | tuple[PromptRows, PromptRows]
 
 
 def read_documents(data: DataConfig, paths: tuple[str, ...]) -> tuple[list[str], BadRecords]:
@@ -105,6 +107,9 @@ def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) ->
             return JudgedRows(shards, recipe.seq_len, tokenizer.pad_id, seed)
         return PairRows(shards, tokenizer.pad_id, seed, recipe.seq_len)
 
+    if recipe.rollout is not None:
+        asked, held_out = PromptRows(train[0], recipe.seed), PromptRows(valid, recipe.seed)
+        return Sets(asked, lambda: held_out, (asked, held_out))
     held_out = rows(valid, recipe.seed)  # shuffled: `valid_rows` must not mean the first file only
     n = min(recipe.rows, recipe.data.valid_rows or recipe.rows)
 
@@ -166,12 +171,13 @@ def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Itera
     """Training and held-out items; held out by content where the recipe names no files for it."""
     data = recipe.data
     read = {"sft": partial(conversations, schema=data.sft_schema), "kto": judged}.get(recipe.objective.kind, preferences)
+    read = read if recipe.rollout is None else prompts
     records = lambda paths: islice(read(paths, bad), data.max_documents)
     if data.valid is not None:
         return tuple(_tokenized(recipe, tokenizer, records(paths), bad) for paths in (data.train, data.valid))
     sides: tuple[list, list] = ([], [])
     for record in records(data.train):
-        asked = next((m for m in record if m["role"] == "user"), record[0]) if recipe.objective.kind == "sft" else record.prompt[-1]
+        asked = question(record)
         sides[share(asked["content"]) < data.valid_fraction].append(record)
     if not all(sides):
         raise ValueError(
@@ -181,9 +187,19 @@ def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Itera
     return tuple(_tokenized(recipe, tokenizer, side, bad) for side in sides)
 
 
+def question(record) -> Message:
+    """What decides on which side a record stands: the first question of a conversation, the last of anything else."""
+    if isinstance(record, list):
+        return next((m for m in record if m["role"] == "user"), record[0])
+    return (record.messages if isinstance(record, Prompt) else record.prompt)[-1]
+
+
 def _tokenized(recipe: Recipe, tokenizer: Tokenizer, records: Iterable, bad: BadRecords) -> Iterable[Item]:
     names, thinking = recipe.data.template_names, recipe.data.train_thinking
     style = Style(names, thinking) if names or not thinking else None
+    if recipe.rollout is not None:
+        yield from prompt_items(records, tokenizer, recipe.seq_len - recipe.rollout.max_tokens, bad, style)
+        return
     if recipe.objective.kind == "kto":
         yield from judged_items(records, tokenizer, recipe.seq_len, bad, style)
         return

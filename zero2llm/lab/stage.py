@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zero2llm.adapters.adalora import after_step
 from zero2llm.adapters.table import lines
-from zero2llm.adapters.wrap import lr_multipliers, unwrap
+from zero2llm.adapters.wrap import unwrap
 from zero2llm.core.config import to_dict
 from zero2llm.core.device import pick_device
 from zero2llm.core.files import read_json, write_atomic
@@ -22,18 +22,18 @@ from zero2llm.core.seeds import seed_all
 from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
 from zero2llm.lab.objectives import Referred
+from zero2llm.lab.online import answered, critic, make_optim, online, train
 from zero2llm.lab.preference import referred, score_only
 from zero2llm.lab.recipe import Recipe
 from zero2llm.lab.sets import Sets, build_sets, build_tokenizer, keep_tokenizer
 from zero2llm.model.lm import LM
-from zero2llm.optim.build import build_optim
 from zero2llm.parallel.plan import init_world
 from zero2llm.tokenizers.shipped import with_template
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.adapted import AdapterRun, dress, weights_hash, with_penalty
 from zero2llm.train.checkpoint import Checkpoint, latest
 from zero2llm.train.evaluate import evaluate
-from zero2llm.train.fit import FitState, fit
+from zero2llm.train.fit import FitState
 from zero2llm.train.hooks import Save, Validate
 from zero2llm.train.loss import Objective
 from zero2llm.train.objectives.reward import calibration
@@ -95,6 +95,7 @@ def _model_and_tokenizer(recipe: Recipe, run: Path) -> tuple[LM, Tokenizer, Path
         if model.mtp is not None:
             model.mtp.requires_grad_(recipe.objective_mtp is not None)
         score_only(model, recipe.objective.kind == "reward")
+        critic(model, recipe.objective.kind == "ppo")
         return model, tokenizer, parent.tokenizer_dir, str(parent.path)
     tokenizer, folder = build_tokenizer(recipe.tokenizer, recipe.data, run)
     if tokenizer.vocab_size != recipe.model.vocab_size:
@@ -117,8 +118,8 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     sets = build_sets(recipe, tokenizer, run, world)
     adapter = start_adapter(recipe, model, parent, quiet or world.rank > 0)
     model = model.to(device)
-    optim = build_optim(model, recipe.optim, model.width_ratio, lr_multipliers(model))
-    objective, sets = _objective(recipe, model, sets, parent, run)
+    optim = make_optim(recipe, model)
+    objective, sets = _objective(recipe, model, tokenizer, sets, parent, run)
     seed_all(recipe.seed + world.rank)
     state, steps = FitState(), recipe.fit.steps
     if resume and (found := latest(run)):
@@ -138,7 +139,7 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     try:
         if recipe.init is not None and state.step == 0:
             validate.now(state)  # what it was before, so that one sees what training brought
-        fit(model, objective, sets.train, optim, recipe.fit, state=state, hooks=hooks)
+        train(recipe, model, objective, sets.train, optim, state, hooks)
     finally:
         if telemetry:
             telemetry.close()
@@ -165,9 +166,11 @@ def start_adapter(recipe: Recipe, model: LM, parent: str | None, quiet: bool) ->
     return run
 
 
-def _objective(recipe: Recipe, model: LM, sets: Sets, parent: str | None, run: Path) -> tuple[Objective, Sets]:
+def _objective(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets, parent: str | None, run: Path) -> tuple[Objective, Sets]:
     """What is trained, and the batches as it wants them."""
-    if isinstance(recipe.objective, Referred):
+    if recipe.rollout is not None:
+        made, sets = online(recipe, model, tokenizer, sets)
+    elif isinstance(recipe.objective, Referred):
         made, sets = referred(recipe, model, sets, parent, run / "data")
     else:
         made = recipe.objective.build()
@@ -175,6 +178,8 @@ def _objective(recipe: Recipe, model: LM, sets: Sets, parent: str | None, run: P
 
 
 def _measure(model: LM, objective, sets: Sets, recipe: Recipe, lengths: Tensor | None) -> dict[str, float]:
+    if recipe.rollout is not None:
+        return answered(model, objective, sets, recipe)
     found = evaluate(model, objective, sets.valid(), micro_rows=recipe.fit.micro_rows, byte_lengths=lengths)
     return calibration(found) if recipe.objective.kind == "reward" else found
 

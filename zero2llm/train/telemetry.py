@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from zero2llm.core.log import console
 from zero2llm.train.fit import FitState
+from zero2llm.train.rl.policy import MEANING as RL_MEANING
 
 MEANING = {
     "loss": "training loss of this step, nats per target token (preferences: per pair; KTO: per answer)",
@@ -37,11 +38,11 @@ MEANING = {
     "reward_chosen": "KTO: beta times the log-ratio of good answers",
     "reward_rejected": "KTO: beta times the log-ratio of bad answers",
     "accuracy": "reward: share of pairs whose chosen answer scores higher",
-    "reward": "reward: mean score of all answers; it has no meaning of its own and should not drift far",
+    "reward": "mean of the scored answers (objective reward: mean score, which has no meaning of its own and should not drift far)",
     "longer_chosen": "reward: share of pairs of unequal length whose longer answer is the chosen one: what a ruler would get",
     "accuracy_shorter": "reward: accuracy where the chosen answer is the shorter one: what a ruler gets wrong",
     "calibration": "reward: expected calibration error in ten bins of confidence; 0 = score differences mean what they say",
-}
+} | {name: text for name, text in RL_MEANING.items() if name != "reward"} | {"valid_reward": "mean reward of greedy answers to held-out prompts"}
 
 
 def memory_mb() -> float:

@@ -41,7 +41,8 @@ GradientConfig = (
     REINFORCEConfig | REINFORCEPPConfig | RLOOConfig | PPOConfig | TRPOConfig | GRPOConfig | DrGRPOConfig | DAPOConfig | GSPOConfig
     | GMPOConfig | CISPOConfig | SAPOConfig | BAPOConfig
 )  # fmt: skip
-MethodConfig = Annotated[GradientConfig | OnlineDPOConfig | RFTConfig, by_kind]
+OnlineConfig = GradientConfig | OnlineDPOConfig | RFTConfig
+MethodConfig = Annotated[OnlineConfig, by_kind]
 
 
 def assemble(

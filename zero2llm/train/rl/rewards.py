@@ -13,9 +13,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from zero2llm.core.config import config
+from zero2llm.core.config import by_kind, config
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
@@ -97,6 +97,9 @@ class OverlongConfig:
         return lambda answer: -min(max(answer.tokens - (self.limit - self.buffer), 0) / self.buffer, 1.0)
 
 
+RuleConfig = Annotated[ExactConfig | NumericConfig | RegexConfig | OverlongConfig, by_kind]
+
+
 def right_answers(record: Mapping[str, Any]) -> list[str]:
     """Raises ValueError if the prompt came without one."""
     found = [record["answer"]] if "answer" in record else list(record.get("gt", ()))
@@ -111,6 +114,10 @@ class Mixture:
     def __init__(self, rules: Sequence[tuple[float, Rule]]):
         self.rules = rules
         self.first_failure: str | None = None
+
+    @staticmethod
+    def of(rules: Sequence[RuleConfig]) -> Mixture:
+        return Mixture([(rule.weight, rule.build()) for rule in rules])
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
         return [self._one(answer) for answer in answers]
