@@ -6,6 +6,7 @@ import ctypes
 import sys
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,3 +67,19 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)
+
+
+class Undrawn(TorchFunctionMode):
+    """`with torch.device("meta"), Undrawn():` modules get shapes, and no random numbers are drawn for them.
+
+    On that device there is nothing to draw, but torch asks its compiler how, and importing that takes more than a second.
+    """
+
+    INIT = torch.nn.init
+    DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_, INIT.normal_, INIT.uniform_, INIT.trunc_normal_, INIT.kaiming_uniform_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

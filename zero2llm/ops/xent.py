@@ -21,6 +21,7 @@ from zero2llm.core.batch import IGNORE
 from zero2llm.ops.marks import autocast_dtype
 
 CHUNK = 1024  # tokens; at V = 4,096 a chunk's fp32 logits are 16 MB
+SPARSE = 0.9  # share of positions with a label below which the others are left out of the product
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -35,7 +36,11 @@ def cross_entropy_sum(
     hidden (..., D), weight (V, D), labels (...) int64 with IGNORE where no loss is wanted. All positions ignored: 0,
     still connected to the graph with zero gradients.
     """
-    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), softcap, chunk)
+    flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    keep = y != IGNORE
+    if keep.sum() < SPARSE * len(y):  # in fine-tuning the head need not see what the user says
+        flat, y = flat[keep], y[keep]
+    return _ChunkedCrossEntropy.apply(flat, weight, y, softcap, chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zero2llm.adapters.wrap import adapter_state, load_adapter_state, unwrap
 from zero2llm.core.config import parse, to_dict
+from zero2llm.core.device import Undrawn
 from zero2llm.core.files import hashes, load_tensors, new_folder, read_json, save_tensors, sha256
 from zero2llm.core.log import log_once
 from zero2llm.core.seeds import restore_rng, rng_state
@@ -100,7 +101,7 @@ class Checkpoint:
             return unwrap(self.load_adapted(base)).requires_grad_(True).eval()
         if base is not None:
             raise ValueError(f"{self.path} is a whole model and needs no base")
-        with torch.device("meta"):  # nothing is drawn that would be overwritten
+        with torch.device("meta"), Undrawn():  # nothing is drawn that would be overwritten
             model = LM(self.model_config())
         tensors = load_tensors(self.path / "model")
         load_weights(model, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, str(self.path), assign=True)
