@@ -7,7 +7,7 @@ import torch
 
 import zero2llm
 from tests.contract.stages import recipe, write_data
-from zero2llm.lab import stage
+from zero2llm.lab import online
 from zero2llm.lab.recipe import make_recipe
 from zero2llm.optim.build import build_optim
 from zero2llm.train.checkpoint import Checkpoint, latest
@@ -73,7 +73,7 @@ def test_mup_reaches_the_optimizer_of_a_stage(root, monkeypatch):
         made.append(build_optim(*args))
         return made[-1]
 
-    monkeypatch.setattr(stage, "build_optim", seen)
+    monkeypatch.setattr(online, "build_optim", seen)
     run = zero2llm.run(make_recipe(**keys), quiet=True).run
     assert [g["peak_lr"] for g in made[0].groups] == [0.0025, 0.01, 0.01]
     model = Checkpoint.open(run).load_model()

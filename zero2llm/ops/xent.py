@@ -38,7 +38,7 @@ def cross_entropy_sum(
     """
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     keep = y != IGNORE
-    if keep.sum() < SPARSE * len(y):  # in fine-tuning the head need not see what the user says
+    if not y.is_meta and keep.sum() < SPARSE * len(y):  # in fine-tuning the head need not see what the user says
         flat, y = flat[keep], y[keep]
     return _ChunkedCrossEntropy.apply(flat, weight, y, softcap, chunk)
 

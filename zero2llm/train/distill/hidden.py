@@ -1,7 +1,7 @@
 """Hidden-state matching: the student's residual stream after some layers should look like the teacher's.
 
     L = L_logits + weight * sum over pairs (i, j) of  d(h_i, P_j H_j)          h student after block i, H teacher after block j
-    mse      |h - P H|^2 / E|P H|^2          1 if the student knows nothing
+    mse      |h - P H|^2 / E|P H|^2          1 where h is 0
     cosine   1 - cos(h, P H)
 
 P_j (D_student, D_teacher) is fixed: of one width the identity, else the directions in which H_j has most of its energy (the first
@@ -9,7 +9,7 @@ right singular vectors, orthonormal, from one pass over data before training). `
 rest the student is not asked for.
 Source: 1909.10351 eqs. 7 to 8 (TinyBERT), which learns a map from the student's width to the teacher's along with the student. Here
 nothing is learned beside the student: its checkpoints stay plain models, and with the student equal to the teacher L is 0.
-Why: a target for every layer and every token, prompts included, where logits only reach the top; helps deep students most.
+Why: a target for every layer and every token, prompts included, where logits only reach the top.
 Weighing: a row's mean over its real tokens, times its number of labels, so that `weight` is relative to the loss of one label.
 Cost: the teacher's forward pass, which the logits need anyhow, and D_student * D_teacher products a token and pair.
 """
