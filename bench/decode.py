@@ -49,7 +49,7 @@ def prompts(shape: Shape, batch: int):
 class Letters:
     """The least that the engine asks of a tokenizer: every token reads as one letter."""
 
-    pad_id, stop_ids = 0, frozenset({0})
+    pad_id, stop_ids, special_ids = 0, frozenset({0}), frozenset({0})
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -57,7 +57,7 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(c) % self.vocab_size for c in text]
 
-    def stream(self) -> Letters:
+    def stream(self, begins: bool = True) -> Letters:
         return self
 
     def push(self, token: int) -> str:
