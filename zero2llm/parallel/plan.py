@@ -26,7 +26,7 @@ class World:
         )
 
     def sum(self, value: Tensor) -> Tensor:
-        """``value`` (a scalar tensor) summed over ranks."""
+        """``value``, of the same shape on all ranks, summed over them."""
         if self.size > 1:
             value = value.clone() if dist.get_backend() == "gloo" else value.to("cuda", copy=True)
             dist.all_reduce(value)
