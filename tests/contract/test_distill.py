@@ -253,11 +253,20 @@ def test_every_objective_brings_the_student_nearer(rows, tmp_path):
         assert seen[-1][metric] < 0.8 * seen[0][metric], name
 
 
+@pytest.mark.parametrize(("student", "teacher", "pairs"), [
+    (2, 2, [(0, 0), (1, 1)]), (2, 6, [(0, 2), (1, 5)]), (3, 4, [(0, 1), (1, 2), (2, 3)]), (4, 2, [(0, 0), (1, 0), (2, 1), (3, 1)]), (1, 5, [(0, 4)]),
+])  # fmt: skip
+def test_blocks_are_compared_evenly(student, teacher, pairs):
+    assert list(HiddenConfig().between(student, teacher).layers) == pairs
+
+
 def test_a_layer_that_there_is_not():
     teacher, batch = Teacher(lm(1), tokenizer().vocab_size), Batch(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long), Seq.rows(1, 4))
     known = fit_projections(teacher.model, [batch], [1], 16)
     with pytest.raises(ValueError, match=r"\[2, 1\]; the student has 2 blocks"):
-        HiddenConfig(layers=((2, 1),)).build(teacher, known)(lm(2, 16), batch)
+        HiddenConfig(layers=((2, 1),)).between(2, 2)
+    with pytest.raises(ValueError, match="between names them"):
+        HiddenConfig().build(teacher, known)
     with pytest.raises(ValueError, match="wider"):
         fit_projections(teacher.model, [batch], [1], 64)
 

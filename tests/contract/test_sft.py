@@ -29,7 +29,8 @@ from zero2llm.data.schemas import conversations
 from zero2llm.data.shapes import Preference
 from zero2llm.data.sources import BadRecords
 from zero2llm.data.turns import conversation
-from zero2llm.lab.recipe import DataConfig, make_recipe
+from zero2llm.lab.data_config import DataConfig
+from zero2llm.lab.recipe import make_recipe
 from zero2llm.lab.sets import build_sets
 from zero2llm.lab.stage import run_stage
 from zero2llm.model.lm import LM

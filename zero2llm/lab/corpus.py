@@ -13,7 +13,8 @@ from zero2llm.data.pipeline.engines import cores
 from zero2llm.data.rows import DocumentRows, FittedRows, Rows, StoredRows
 from zero2llm.data.shards import TokenShards, build_shards, document_items, share, stream_items
 from zero2llm.data.sources import BadRecords, Source, documents
-from zero2llm.lab.recipe import DataConfig, Recipe
+from zero2llm.lab.data_config import DataConfig
+from zero2llm.lab.recipe import Recipe
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
 PACKINGS = {"concat": DocumentRows, "best_fit": FittedRows, "stored": StoredRows}

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from zero2llm.adapters.config import AdapterConfig
 from zero2llm.core.config import config, json_schema, parse, read_yaml, to_dict
-from zero2llm.lab.objectives import BATCH_TOKENS, ObjectiveConfig, check_objective, check_rollout
+from zero2llm.lab.data_config import DataConfig
+from zero2llm.lab.objectives import (
+    BATCH_TOKENS,
+    Form,
+    ObjectiveConfig,
+    TeacherConfig,
+    check_objective,
+    check_rollout,
+    check_teacher,
+    form_of,
+    makes_batches,
+)
 from zero2llm.model.presets import PRESETS, preset
 from zero2llm.model.spec import ModelConfig
 from zero2llm.optim.adamw import AdamWConfig
@@ -34,69 +43,6 @@ class TokenizerConfig:
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     engine: Literal["handwritten", "library", "rustbpe"] = "handwritten"
     sample_bytes: int | None = 4_000_000  # text the merges are learned from; null = all of it
-
-
-@config
-class PartConfig:
-    """One source of a mixture; weights are relative to each other."""
-
-    name: str
-    train: tuple[str, ...]
-    weight: float = 1.0
-
-
-@config
-class TurnConfig:
-    """A curriculum's turn: from this share of all steps on, sources come with these weights (one not named: 0)."""
-
-    at: float
-    weights: dict[str, float]
-
-
-@config
-class DataConfig:
-    """Files, folders, globs, ``embedded`` / ``embedded:NAME``, or a folder of token files. The objective decides which
-    records are expected. ``mixture`` in place of ``train``: several sources with weights."""
-
-    train: tuple[str, ...] = ()
-    mixture: tuple[PartConfig, ...] = ()
-    curriculum: tuple[TurnConfig, ...] = ()
-    packing: Literal["concat", "best_fit", "stored"] = "concat"  # of documents; rows.py says what each costs
-    workers: int | None = None  # processes that encode text; None = one a core
-    valid: tuple[str, ...] | None = None  # None = a share of the training documents, chosen by their content
-    valid_fraction: float = 0.01
-    valid_rows: int | None = None  # at most this many rows are evaluated; None = all
-    field: str = "text"
-    skip_bad_records: bool = False
-    sft_schema: Literal["conversation", "single-turn", "agent"] | None = None  # None = told by each record's own keys
-    template_names: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the chat template may read: {keep_thinking: true}
-    train_thinking: bool = True  # whether what stands between <think> and </think> is part of the loss
-    train_on: Literal["assistant", "last", "all"] = "assistant"  # SFT: every answer, the last alone, or every token
-    too_long: Literal["turns", "start", "refuse"] = "turns"  # SFT: what goes of a conversation longer than seq_len (data/fitting.py)
-    max_documents: int | None = None
-
-    def __post_init__(self) -> None:
-        if bool(self.train) == bool(self.mixture) or any(not part.train for part in self.mixture):
-            raise ValueError("data.train is empty: give it, or data.mixture with a list train for each source (not both)")
-        names = [part.name for part in self.mixture]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]+", name) for name in names):
-            raise ValueError(f"data.mixture: names {names} must differ, and be of letters, digits, - and _")
-        at = [0.0, *(turn.at for turn in self.curriculum), 1.0]
-        if any(a >= b for a, b in zip(at, at[1:], strict=False)) or (self.curriculum and not self.mixture):
-            raise ValueError(f"data.curriculum: turns at {at[1:-1]} must rise between 0 and 1, and need data.mixture")
-        for turn in self.curriculum:
-            if unknown := set(turn.weights) - set(names):
-                raise ValueError(f"data.curriculum: {', '.join(sorted(unknown))} is none of the sources {', '.join(names)}")
-        if self.train_on == "last" and self.too_long == "turns":
-            raise ValueError("data.train_on: last trains the very answer that data.too_long: turns drops; take too_long: start or refuse")
-        if self.train_on == "all" and not self.train_thinking:
-            raise ValueError("data.train_on: all trains every token, thoughts too; remove train_thinking: false, or take train_on: assistant")
-        if self.valid == ():
-            raise ValueError("data.valid is empty; leave the key out to hold out a share of data.train")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"data.workers = {self.workers} must be positive")
-        if not 0 < self.valid_fraction < 1:
-            raise ValueError(f"data.valid_fraction = {self.valid_fraction} must lie between 0 and 1")
 
 
 @config
@@ -130,6 +76,7 @@ class Recipe:
     chat_template: str | None = None  # a shipped name (chatml, qwen3 ...) or a .jinja file; None = the tokenizer's own
     data: DataConfig
     objective: ObjectiveConfig = CLMConfig()
+    teacher: TeacherConfig | None = None  # of distillation; `model` then has its tokenizer
     rollout: RolloutConfig | None = None  # of reinforcement learning: what is sampled; its rows take the place of batch_tokens
     reward: tuple[RuleConfig, ...] = ()  # and what an answer is worth: the weighted sum of these
     optim: OptimConfig = AdamWConfig()
@@ -143,17 +90,20 @@ class Recipe:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
+        check_teacher(self.objective, self.teacher)
         if (self.init is None) == (self.model is None):
             raise ValueError("give either init (a checkpoint to continue from) or model (to start from nothing)")
         if self.init is not None and self.tokenizer is not None:
             raise ValueError("with init the tokenizer is the checkpoint's own; remove the key tokenizer")
-        if self.init is None and self.tokenizer is None:
+        if self.teacher is not None and self.tokenizer is not None:
+            raise ValueError("with a teacher the tokenizer is the teacher's own; remove the key tokenizer")
+        if self.init is None and self.tokenizer is None and self.teacher is None:
             raise ValueError("key 'tokenizer' is required where the model starts from nothing")
         if self.adapter is not None and self.init is None:
             raise ValueError(f"adapter {self.adapter.kind} needs init: the checkpoint whose weights stay as they are")
         if self.quantize is not None and self.adapter is None:
             raise ValueError(f"quantize: {self.quantize} is for adapters: weights in four bits cannot be trained; add the key adapter")
-        if self.objective.kind != "clm" and (self.data.mixture or self.data.packing != "concat"):
+        if self.form != "documents" and (self.data.mixture or self.data.packing != "concat"):
             raise ValueError(f"data.mixture and data.packing are for documents; objective {self.objective.kind} reads whole samples")
         check_rollout(self.objective, self.rollout, self.reward, self.batch_tokens)
         check_objective(self.objective, self.init, self.adapter is not None, bool(self.eval.prompts))
@@ -170,10 +120,15 @@ class Recipe:
             raise ValueError("eval.prompts: a model with expert_choice cannot generate; remove the prompts, or take ffn moe")
         if self.rollout is not None and self.rollout.max_tokens >= self.seq_len - 1:
             raise ValueError(f"rollout.max_tokens = {self.rollout.max_tokens} leaves no room for a prompt in seq_len = {self.seq_len}")
-        if self.seq_len < 2 or self.batch_tokens % self.seq_len:
+        if self.seq_len < 2 or (self.batch_tokens % self.seq_len and not makes_batches(self.objective)):
             raise ValueError(f"batch_tokens = {self.batch_tokens} must be a multiple of seq_len = {self.seq_len}")
         if self.model is not None and self.seq_len > self.model.max_len:
             raise ValueError(f"seq_len = {self.seq_len} is longer than the model reads: max_len = {self.model.max_len}")
+
+    @property
+    def form(self) -> Form:
+        """What kind of records the data is read as."""
+        return form_of(self.objective, self.data.reads)
 
     @property
     def objective_mtp(self) -> float | None:

@@ -27,7 +27,9 @@ from zero2llm.data.shards import TokenShards, build_shards, share
 from zero2llm.data.sources import BadRecords, documents, expand
 from zero2llm.data.token_writer import Item
 from zero2llm.lab.corpus import corpus, corpus_rows, member_paths, training_rows
-from zero2llm.lab.recipe import DataConfig, Recipe, TokenizerConfig
+from zero2llm.lab.data_config import DataConfig
+from zero2llm.lab.objectives import makes_batches
+from zero2llm.lab.recipe import Recipe, TokenizerConfig
 from zero2llm.parallel.plan import World
 from zero2llm.tokenizers.chat import Message, Style
 from zero2llm.tokenizers.starts import begin_with
@@ -90,35 +92,40 @@ def _sample(texts: list[str], n_bytes: int | None) -> list[str]:
 
 def build_sets(recipe: Recipe, tokenizer: Tokenizer, run: Path, world: World) -> Sets:
     """Loaders for ``recipe``; token files are made once, by rank 0, and reused while files and options stay the same."""
-    if recipe.objective.kind != "sft" and (recipe.data.train_on, recipe.data.too_long) != ("assistant", "turns"):
-        raise ValueError(f"data.train_on and data.too_long are for objective sft; {recipe.objective.kind} reads no conversations: remove them")
+    if recipe.form != "conversations" and (recipe.data.train_on, recipe.data.too_long) != ("assistant", "turns"):
+        raise ValueError(f"data.train_on and data.too_long are for conversations; objective {recipe.objective.kind} reads {recipe.form}: remove them")
     if world.rank == 0:
         _shards(recipe, tokenizer, run)
     world.barrier()
     train, valid = _shards(recipe, tokenizer, run)
-    kind, ranks = recipe.objective.kind, {"rank": world.rank, "world": world.size}
 
     def rows(shards: TokenShards, seed: int | None) -> Rows:
-        if kind == "clm":
+        if recipe.form == "documents":
             return corpus_rows(recipe, tokenizer)(shards, seed)
-        if kind == "sft":
+        if recipe.form == "conversations":
             return ConversationRows(shards, recipe.seq_len, tokenizer.pad_id, seed)
-        if kind == "kto":
+        if recipe.form == "judged":
             return JudgedRows(shards, recipe.seq_len, tokenizer.pad_id, seed)
         return PairRows(shards, tokenizer.pad_id, seed, recipe.seq_len)
 
-    if recipe.rollout is not None:
+    if recipe.form == "prompts":
         asked, held_out = PromptRows(train[0], recipe.seed), PromptRows(valid, recipe.seed)
         return Sets(asked, lambda: held_out, (asked, held_out))
     held_out = rows(valid, recipe.seed)  # shuffled: `valid_rows` must not mean the first file only
+    source = training_rows(recipe, tokenizer, train) if recipe.form == "documents" else rows(train[0], recipe.seed)
+    return loaders(recipe, source, held_out, world)
+
+
+def loaders(recipe: Recipe, source: Rows, held_out: Rows, world: World) -> Sets:
+    """Batches of these rows, as many to a batch as the recipe says."""
     n = min(recipe.rows, recipe.data.valid_rows or recipe.rows)
 
     def one_pass() -> Iterable[Batch]:
         loader = Loader(held_out, max(n // held_out.unit, 1) * held_out.unit, seed=recipe.seed, repeat=False)
         return islice(loader, -(-(recipe.data.valid_rows or 10**9) // n))
 
-    source = training_rows(recipe, tokenizer, train) if kind == "clm" else rows(train[0], recipe.seed)
-    return Sets(Loader(source, recipe.rows, seed=recipe.seed, **ranks), one_pass, (source, held_out))
+    rows = world.size if makes_batches(recipe.objective) else recipe.rows
+    return Sets(Loader(source, rows, seed=recipe.seed, rank=world.rank, world=world.size), one_pass, (source, held_out))
 
 
 def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[list[TokenShards], TokenShards]:
@@ -126,7 +133,7 @@ def _shards(recipe: Recipe, tokenizer: Tokenizer, run: Path) -> tuple[list[Token
     bad, key = BadRecords(skip=recipe.data.skip_bad_records), _key(recipe, tokenizer)
     sides = cache(lambda: _sides(recipe, tokenizer, bad))
     try:
-        if recipe.objective.kind == "clm":
+        if recipe.form == "documents":
             train, valid = corpus(recipe, tokenizer, run, key, bad)
         else:
             train = [_samples(run / "data" / "train", 0, sides, tokenizer, key, recipe)]
@@ -151,15 +158,20 @@ def _samples(folder: Path, side: int, sides: Callable, tokenizer: Tokenizer, key
         shards = TokenShards.open(folder, verify=True)
         if (shards.manifest["key"], shards.manifest["tokenizer"]) == (key, tokenizer.fingerprint()):
             return shards
-    return build_shards(sides()[side], folder, tokenizer=tokenizer, key=key, kind=recipe.objective.kind)
+    return build_shards(sides()[side], folder, tokenizer=tokenizer, key=key, kind=_kind(recipe))
+
+
+def _kind(recipe: Recipe) -> str:
+    """What token files are named by: the objective, of which those that read the same share one."""
+    return {"documents": "clm", "conversations": "sft"}.get(recipe.form, recipe.objective.kind)
 
 
 def _key(recipe: Recipe, tokenizer: Tokenizer) -> str:
     """Names the data that token files were made from: options, every file with its size and time, and the chat template."""
     paths = [*chain(*member_paths(recipe.data).values()), *(recipe.data.valid or ())]
     files = [(str(p), *stamp(p)) for p in expand(paths)]
-    data, kind = to_dict(recipe.data), recipe.objective.kind
-    for name in ("workers", "packing", "curriculum", "valid_rows"):  # these change batches, not token files
+    data, kind = to_dict(recipe.data), _kind(recipe)
+    for name in ("workers", "packing", "curriculum", "valid_rows", "reads"):  # these change batches, not token files
         del data[name]
     data["mixture"] = [{key: part[key] for key in ("name", "train")} for part in data["mixture"]]
     length = None if kind == "clm" else recipe.seq_len  # what does not fit is cut or refused there
@@ -170,9 +182,8 @@ def _key(recipe: Recipe, tokenizer: Tokenizer) -> str:
 def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Iterable[Item], Iterable[Item]]:
     """Training and held-out items; held out by content where the recipe names no files for it."""
     data = recipe.data
-    read = {"sft": partial(conversations, schema=data.sft_schema), "kto": judged}.get(recipe.objective.kind, preferences)
-    read = read if recipe.rollout is None else prompts
-    records = lambda paths: islice(read(paths, bad), data.max_documents)
+    readers = {"conversations": partial(conversations, schema=data.sft_schema), "judged": judged, "pairs": preferences, "prompts": prompts}
+    records = lambda paths: islice(readers[recipe.form](paths, bad), data.max_documents)
     if data.valid is not None:
         return tuple(_tokenized(recipe, tokenizer, records(paths), bad) for paths in (data.train, data.valid))
     sides: tuple[list, list] = ([], [])
@@ -197,13 +208,13 @@ def question(record) -> Message:
 def _tokenized(recipe: Recipe, tokenizer: Tokenizer, records: Iterable, bad: BadRecords) -> Iterable[Item]:
     names, thinking = recipe.data.template_names, recipe.data.train_thinking
     style = Style(names, thinking) if names or not thinking else None
-    if recipe.rollout is not None:
+    if recipe.form == "prompts":
         yield from prompt_items(records, tokenizer, recipe.seq_len - recipe.rollout.max_tokens, bad, style)
         return
-    if recipe.objective.kind == "kto":
+    if recipe.form == "judged":
         yield from judged_items(records, tokenizer, recipe.seq_len, bad, style)
         return
-    if recipe.objective.kind != "sft":
+    if recipe.form == "pairs":
         yield from pair_items(records, tokenizer, recipe.seq_len, bad, style, margins=recipe.objective.kind == "reward")
         return
     notes: Counter[str] = Counter()

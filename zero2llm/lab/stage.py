@@ -21,7 +21,8 @@ from zero2llm.core.log import console
 from zero2llm.core.seeds import seed_all
 from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
-from zero2llm.lab.objectives import Referred
+from zero2llm.lab.distill import taught
+from zero2llm.lab.objectives import Referred, Taught
 from zero2llm.lab.online import answered, critic, make_optim, online, train
 from zero2llm.lab.preference import referred, score_only
 from zero2llm.lab.recipe import Recipe
@@ -97,7 +98,11 @@ def _model_and_tokenizer(recipe: Recipe, run: Path) -> tuple[LM, Tokenizer, Path
         score_only(model, recipe.objective.kind == "reward")
         critic(model, recipe.objective.kind == "ppo")
         return model, tokenizer, parent.tokenizer_dir, str(parent.path)
-    tokenizer, folder = build_tokenizer(recipe.tokenizer, recipe.data, run)
+    if recipe.teacher is not None:
+        folder = Checkpoint.open(recipe.teacher.path, resuming=False).tokenizer_dir
+        tokenizer = Tokenizer.load(folder)
+    else:
+        tokenizer, folder = build_tokenizer(recipe.tokenizer, recipe.data, run)
     if tokenizer.vocab_size != recipe.model.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, model.vocab_size is {recipe.model.vocab_size}; make them equal"
@@ -128,7 +133,7 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     if recipe.adapter is not None and recipe.adapter.kind == "adalora":
         optim.after = lambda: after_step(model, state.step + 1, steps)
     telemetry = Telemetry(run, recipe.objective.kind, steps, start_step=state.step, tensorboard=recipe.log.tensorboard, quiet=quiet) if world.rank == 0 else None  # fmt: skip
-    countable = recipe.objective.kind in ("clm", "sft") and tokenizer.nature.form != "text"  # bits per byte need bytes
+    countable = recipe.form in ("documents", "conversations") and tokenizer.nature.form != "text"  # bits per byte need bytes
     lengths = torch.tensor(tokenizer.byte_lengths()) if countable else None
     validate = Validate(lambda: _measure(model, objective, sets, recipe, lengths), recipe.eval.every, steps, telemetry)
     what = {"model": model, "tokenizer_dir": tokenizer_dir, "optim": optim, "batches": sets.train, "parent": parent, "adapter": adapter}
@@ -168,7 +173,9 @@ def start_adapter(recipe: Recipe, model: LM, parent: str | None, quiet: bool) ->
 
 def _objective(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets, parent: str | None, run: Path) -> tuple[Objective, Sets]:
     """What is trained, and the batches as it wants them."""
-    if recipe.rollout is not None:
+    if isinstance(recipe.objective, Taught):
+        made, sets = taught(recipe, model, tokenizer, sets, run)
+    elif recipe.rollout is not None:
         made, sets = online(recipe, model, tokenizer, sets)
     elif isinstance(recipe.objective, Referred):
         made, sets = referred(recipe, model, sets, parent, run / "data")
@@ -178,7 +185,7 @@ def _objective(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets, pare
 
 
 def _measure(model: LM, objective, sets: Sets, recipe: Recipe, lengths: Tensor | None) -> dict[str, float]:
-    if recipe.rollout is not None:
+    if recipe.form == "prompts":
         return answered(model, objective, sets, recipe)
     found = evaluate(model, objective, sets.valid(), micro_rows=recipe.fit.micro_rows, byte_lengths=lengths)
     return calibration(found) if recipe.objective.kind == "reward" else found
@@ -199,7 +206,7 @@ def _sampler(model: LM, tokenizer: Tokenizer, recipe: Recipe, telemetry: Telemet
 
 def sample(model: LM, tokenizer: Tokenizer, recipe: Recipe) -> list[str]:
     """One completion of each of the recipe's prompts: continued in pretraining, answered as a chat afterwards."""
-    if recipe.objective.kind == "clm":
+    if recipe.form == "documents":
         prompts = [[*tokenizer.start_ids, *tokenizer.encode(p)] for p in recipe.eval.prompts]
         sampling = Sampling(max_tokens=recipe.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=recipe.seed)
     else:

@@ -13,10 +13,11 @@ Cost: prompts * samples answers of the student a step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from random import Random
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,11 +52,19 @@ class AnswerPrompts:
 
     def prompt(self, g: int) -> tuple[list[int], dict[str, Any]]:
         epoch, place = divmod(g, len(self))
-        tokens, mask = item_of(self.shards, int(self.order(epoch)[place]))
-        begins = [t for t in range(1, len(mask)) if mask[t] and not mask[t - 1]]
-        if not begins:
-            raise ValueError(f"{self.shards.path}: a conversation has no answer behind a prompt")
-        return tokens[: begins[-1]].tolist(), {}
+        return self.question(int(self.order(epoch)[place])), {}
+
+    def question(self, item: int) -> list[int]:
+        tokens, mask = item_of(self.shards, item)
+        begins = np.flatnonzero((mask[1:] != 0) & (mask[:-1] == 0))
+        if not len(begins):
+            raise ValueError(f"{self.shards.path}: conversation {item} has no answer behind a prompt")
+        return tokens[: begins[-1] + 1].tolist()
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest question."""
+        return max(len(self.question(item)) for item in range(len(self)))
 
 
 class OwnAnswers:

@@ -16,6 +16,7 @@ Cost: the teacher's forward pass, which the logits need anyhow, and D_student * 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,23 +39,27 @@ from zero2llm.train.loss import Loss
 @config
 class HiddenConfig:
     kind: Literal["hidden"] = "hidden"
-    layers: tuple[tuple[int, int], ...]  # (student's block, teacher's block), from 0
+    layers: tuple[tuple[int, int], ...] | None = None  # (student's block, teacher's block), from 0; None = evenly over both
     weight: float = 1.0
     match: Literal["mse", "cosine"] = "mse"
     logits: DistillConfig = DistillConfig()  # alpha: 0 = labels and hidden states alone
 
     def __post_init__(self) -> None:
-        if not self.layers or self.weight <= 0:
-            raise ValueError(f"hidden needs layers and weight > 0, not {self.layers}, {self.weight}")
+        if self.layers == () or self.weight <= 0:
+            raise ValueError(f"hidden needs layers (null = evenly over both) and weight > 0, not {list(self.layers or ())}, {self.weight}")
 
     def build(self, teacher: Teacher, projections: dict[int, Projection]) -> HiddenMatch:
         return HiddenMatch(self, teacher, projections)
 
-    def check(self, student_blocks: int, teacher_blocks: int) -> None:
-        """Raises ValueError for a layer that there is not."""
+    def between(self, student_blocks: int, teacher_blocks: int) -> HiddenConfig:
+        """With layers named: evenly, the student's block i as far up as the teacher's. Raises ValueError for a layer that there is not."""
+        if self.layers is None:
+            pairs = tuple((i, max(-(-(i + 1) * teacher_blocks // student_blocks) - 1, 0)) for i in range(student_blocks))
+            return dataclasses.replace(self, layers=pairs)
         for i, j in self.layers:
             if not (0 <= i < student_blocks and 0 <= j < teacher_blocks):
                 raise ValueError(f"hidden.layers: [{i}, {j}]; the student has {student_blocks} blocks, the teacher {teacher_blocks}, counted from 0")
+        return self
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Projection:
 
     def __call__(self, h: Tensor) -> Tensor:
         return h if self.matrix is None else F.linear(h, self.matrix.to(h))
+
+    def to(self, device: torch.device | str) -> Projection:
+        return Projection(*(None if x is None else x.to(device) for x in (self.matrix, self.energy, self.kept)))
 
 
 @contextmanager
@@ -131,10 +139,11 @@ def load_projections(folder: Path) -> dict[int, Projection]:
 
 class HiddenMatch:
     def __init__(self, cfg: HiddenConfig, teacher: Teacher, projections: dict[int, Projection]):
+        if cfg.layers is None:
+            raise ValueError("hidden.layers: which blocks are compared must be known here; HiddenConfig.between names them")
         self.cfg, self.teacher, self.projections, self.top = cfg, teacher, projections, cfg.logits.build(teacher)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        self.cfg.check(len(model.blocks), len(self.teacher.model.blocks))
         keep = batch.labels != IGNORE
         with tapped(model, [i for i, _ in self.cfg.layers]) as ours:
             hidden, aux = model(batch.tokens, batch.seq)
