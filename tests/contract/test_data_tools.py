@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import random
 import re
 
@@ -14,7 +15,6 @@ from click.testing import CliRunner
 from zero2llm.cli_data import data
 from zero2llm.data.readers.record import BadRecords
 from zero2llm.data.sources import read_records
-from zero2llm.lab import data_files
 from zero2llm.lab.data_tools import reservoir, split_of
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
@@ -279,7 +279,7 @@ def test_a_file_may_be_replaced_by_itself_and_a_failure_keeps_the_old(tmp_path, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert "no space left while writing" in refused("convert", texts, "--out", texts, "--overwrite", "--drop-fields", "id")
     assert texts.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["texts.jsonl"]
 

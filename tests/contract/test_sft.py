@@ -387,7 +387,7 @@ def test_choices_of_conversations_are_refused_elsewhere(tmp_path):
     write_data(tmp_path / "data")
     keys = recipe(tmp_path, "pretrain")
     keys["data"]["too_long"] = "start"
-    with pytest.raises(ValueError, match="are for objective sft; clm reads no conversations"):
+    with pytest.raises(ValueError, match="are for conversations; objective clm reads documents"):
         run_stage(make_recipe(**keys), quiet=True)
 
 

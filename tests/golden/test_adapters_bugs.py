@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from tests.contract import test_adapters as contract
 from tests.golden import test_adapters as golden
+from tests.golden.planted import bug_tests
 from zero2llm.adapters import adalora, dora, lora, lowrank, pissa, wrap
 from zero2llm.adapters.adalora import AdaLoRA, AdaLoRAConfig
 from zero2llm.adapters.dora import DoRA, DoRAConfig, DoRALinear
@@ -125,17 +126,6 @@ CHECKS = [
     lora_formula, lora_start, lora_plus, twin, dropout, frozen_costs, dora_formula, dora_start, dora_zeros, pissa_start, pissa_formula, pissa_base,
     pissa_dropout, adalora_formula, adalora_budget, adalora_penalty, adalora_allocation, adalora_resume, files, several, decoding,
 ]  # fmt: skip
-
-
-def caught_by(checks=CHECKS):
-    found = set()
-    for check in checks:
-        torch.manual_seed(0)
-        try:
-            check()
-        except AssertionError:
-            found.add(check.__name__)
-    return found
 
 
 # LoRA
@@ -553,11 +543,4 @@ BUGS = {  # bug -> checks that must catch it
 }
 
 
-def test_without_a_bug_every_check_holds():
-    assert caught_by() == set()
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_planted_bug_is_caught(bug, monkeypatch):
-    bug(monkeypatch)
-    assert caught_by([check for check in CHECKS if check.__name__ in BUGS[bug]]) == BUGS[bug]
+test_without_a_bug_every_check_holds, test_a_planted_bug_is_caught = bug_tests(BUGS, CHECKS)

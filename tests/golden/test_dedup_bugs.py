@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden import test_dedup as golden
+from tests.golden.planted import bug_tests
 from zero2llm.data import shingles as sh
 from zero2llm.data import union
 from zero2llm.data.document import Verdict
@@ -77,16 +78,6 @@ CHECKS = [
     shingles_by_loop, signature_by_loop, unbiased, s_curve, groups_by_hand, groups_by_brute_force, union_by_loop, planted,
     fingerprint_by_hand, search_by_brute_force, search_with_more_blocks, lines_by_hand, lines_count_documents,
 ]  # fmt: skip
-
-
-def caught_by(checks=CHECKS):
-    found = set()
-    for check in checks:
-        try:
-            check()
-        except AssertionError:
-            found.add(check.__name__)
-    return found
 
 
 # Bugs of shingles
@@ -335,11 +326,4 @@ BUGS = {  # bug -> checks that must catch it
 }
 
 
-def test_without_a_bug_every_check_holds():
-    assert caught_by() == set()
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_planted_bug_is_caught(bug, monkeypatch):
-    bug(monkeypatch)
-    assert caught_by([check for check in CHECKS if check.__name__ in BUGS[bug]]) == BUGS[bug]
+test_without_a_bug_every_check_holds, test_a_planted_bug_is_caught = bug_tests(BUGS, CHECKS)

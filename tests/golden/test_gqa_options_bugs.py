@@ -1,8 +1,8 @@
 """Planted bugs in attention's options: each must be caught, and by whom is part of the claim."""
 
-import pytest
 import torch
 
+from tests.golden.planted import bug_tests
 from tests.golden.test_gqa_options import CASES, D, T, both, packed
 from tests.golden.test_layers import randomised
 from zero2llm.core.seq import Seq
@@ -54,17 +54,6 @@ def streamed_equals_whole(cfg):
 
 
 CHECKS = [causality, packed_equals_separate, streamed_equals_whole, hand_formula]
-
-
-def caught_by():
-    found = set()
-    for check in CHECKS:
-        for cfg in CASES.values():
-            try:
-                check(cfg)
-            except AssertionError:
-                found.add(check.__name__)
-    return found
 
 
 # The bugs
@@ -248,16 +237,7 @@ BUGS = {  # bug -> checks that must catch it; "hand_formula" alone = it passes e
 }
 
 
-def test_without_a_bug_every_check_holds():
-    assert caught_by() == set()
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_planted_bug_is_caught(bug, monkeypatch):
-    bug(monkeypatch)
-    found = caught_by()
-    assert found >= BUGS[bug]
-    assert found == BUGS[bug] or BUGS[bug] != HAND, "a law sees it after all: tighten the table"
+test_without_a_bug_every_check_holds, test_a_planted_bug_is_caught = bug_tests(BUGS, CHECKS, [(cfg,) for cfg in CASES.values()], alone=HAND)
 
 
 def test_gqa_reads_its_weights_from_one_place():

@@ -5,6 +5,7 @@ import torch
 
 from tests.golden import test_init as golden
 from tests.golden import test_init_width as width
+from tests.golden.planted import bug_tests
 from zero2llm.model import init, lm
 from zero2llm.model.init import DeepNormInitConfig, GPT2InitConfig, KaimingInitConfig, MuPInitConfig, XavierInitConfig
 from zero2llm.optim import build
@@ -40,18 +41,7 @@ def coordinates():
     width.test_coordinates_stay_where_they_are_at_every_width(True, "heads")
 
 
-CHECKS = [spreads, experts, base_is_gpt2, multipliers, refusals]
-
-
-def caught_by(checks):
-    found = set()
-    for check in checks:
-        try:
-            torch.manual_seed(0)
-            check()
-        except (AssertionError, pytest.fail.Exception):
-            found.add(check.__name__)
-    return found
+CHECKS = [spreads, experts, base_is_gpt2, multipliers, refusals, coordinates]
 
 
 # The bugs
@@ -201,11 +191,4 @@ BUGS = {
 }
 
 
-def test_without_a_bug_every_check_holds():
-    assert caught_by([*CHECKS, coordinates]) == set()
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_planted_bug_is_caught(bug, monkeypatch):
-    bug(monkeypatch)
-    assert caught_by([*CHECKS, coordinates] if "coordinates" in BUGS[bug] else CHECKS) >= BUGS[bug]
+test_without_a_bug_every_check_holds, test_a_planted_bug_is_caught = bug_tests(BUGS, CHECKS, also=(pytest.fail.Exception,))

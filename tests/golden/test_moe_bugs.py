@@ -7,12 +7,12 @@ dispatch is seen by its twin, a wrong load by a count over micro-batches.
 import math
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from tests.golden import test_expert_glu as glu
 from tests.golden import test_moe as golden
 from tests.golden import test_moe_balance as balance
+from tests.golden.planted import bug_tests
 from zero2llm.core.seq import Seq
 from zero2llm.layers.ffns import expert_choice, moe, routers
 from zero2llm.layers.ffns.expert_choice import ExpertChoice, ExpertChoiceConfig
@@ -72,17 +72,6 @@ CHECKS = [
     hand_formula, dispatch_twin, expert_glu_twin, independent_tokens, losses_mean_the_same, bias_step, bias_over_micro_batches,
     half_precision, expert_choice_formula,
 ]  # fmt: skip
-
-
-def caught_by(checks=CHECKS):
-    found = set()
-    for check in checks:
-        torch.manual_seed(0)
-        try:
-            check()
-        except (AssertionError, NonFiniteError):
-            found.add(check.__name__)
-    return found
 
 
 # Bugs of the choice and its weights
@@ -357,14 +346,7 @@ BUGS = {  # bug -> checks that must catch it
 }
 
 
-def test_without_a_bug_every_check_holds():
-    assert caught_by() == set()
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_planted_bug_is_caught(bug, monkeypatch):
-    bug(monkeypatch)
-    assert caught_by([check for check in CHECKS if check.__name__ in BUGS[bug]]) == BUGS[bug]
+test_without_a_bug_every_check_holds, test_a_planted_bug_is_caught = bug_tests(BUGS, CHECKS, also=(NonFiniteError,))
 
 
 def test_expert_choice_breaks_causality_where_moe_does_not():

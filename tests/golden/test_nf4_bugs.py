@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden import test_nf4 as golden
+from tests.golden.planted import bug_tests
 from zero2llm.layers import nf4 as layer
 from zero2llm.ops import nf4
 
@@ -56,17 +57,6 @@ def casts():
 
 
 CHECKS = [codes_by_hand, tables, double_by_hand, error_bound, again, product, pieces, memory, casts]
-
-
-def caught_by():
-    found = set()
-    for check in CHECKS:
-        torch.manual_seed(0)
-        try:
-            check()
-        except (AssertionError, RuntimeError):  # of another size, or a gradient that differs
-            found.add(check.__name__)
-    return found
 
 
 # Bugs of the format
@@ -171,11 +161,4 @@ BUGS = {  # bug -> checks that must catch it
 }
 
 
-def test_the_checks_pass_without_a_bug():
-    assert caught_by() == set()
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_planted_bug_is_caught(bug, monkeypatch):
-    bug(monkeypatch)
-    assert caught_by() >= BUGS[bug]
+test_the_checks_pass_without_a_bug, test_planted_bug_is_caught = bug_tests(BUGS, CHECKS, also=(RuntimeError,))  # of another size, or a gradient that differs

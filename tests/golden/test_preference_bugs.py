@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from tests.contract import test_preference_data as data
 from tests.golden import test_preference as golden
+from tests.golden.planted import caught_by
 from zero2llm.core.batch import IGNORE
 from zero2llm.data import judged_rows
 from zero2llm.train.objectives import cpo, dpo, ipo, kto, orpo, pairs, reference, reward, simpo
@@ -68,15 +69,6 @@ CHECKS = {
     "cpo": [by_hand("cpo", "cpo smoothed")],
     "reward": [reward_by_hand, calibration],
 }
-
-
-def caught(kind, tmp_path) -> bool:
-    for check in CHECKS[kind]:
-        try:
-            check(tmp_path)
-        except AssertionError:
-            return True
-    return False
 
 
 # What several objectives can get wrong alike
@@ -283,10 +275,10 @@ BUGS = {
 
 @pytest.mark.parametrize("kind", CHECKS)
 def test_right_as_it_is(kind, tmp_path):
-    assert not caught(kind, tmp_path) and len(BUGS[kind]) >= 6
+    assert not caught_by(CHECKS[kind], [(tmp_path,)]) and len(BUGS[kind]) >= 6
 
 
 @pytest.mark.parametrize("kind,bug", [(kind, bug) for kind, bugs in BUGS.items() for bug in bugs])
 def test_planted_bugs_are_caught(kind, bug, monkeypatch, tmp_path):
     BUGS[kind][bug](monkeypatch)
-    assert caught(kind, tmp_path)
+    assert caught_by(CHECKS[kind], [(tmp_path,)])

@@ -1,8 +1,8 @@
 """Planted bugs in the quality rules: each must be caught, and by which check is part of the claim."""
 
-import pytest
 
 from tests.golden import test_quality_steps as golden
+from tests.golden.planted import bug_tests
 from zero2llm.data.document import Removed
 from zero2llm.data.steps import c4, fineweb, gopher, repetition
 
@@ -25,16 +25,6 @@ CHECKS = [
     golden.test_fineweb_repetition_and_lists,
     golden.test_fineweb_chinese,
 ]
-
-
-def caught_by(checks):
-    found = set()
-    for check in checks:
-        try:
-            check()
-        except AssertionError:
-            found.add(check.__name__.removeprefix("test_"))
-    return found
 
 
 # Gopher
@@ -244,11 +234,4 @@ BUGS = {  # bug -> checks that must catch it
 }
 
 
-def test_without_a_bug_every_check_holds():
-    assert caught_by(CHECKS) == set()
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_planted_bug_is_caught(bug, monkeypatch):
-    bug(monkeypatch)
-    assert caught_by([check for check in CHECKS if check.__name__.removeprefix("test_") in BUGS[bug]]) == BUGS[bug]
+test_without_a_bug_every_check_holds, test_a_planted_bug_is_caught = bug_tests(BUGS, CHECKS)

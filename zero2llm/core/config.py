@@ -128,21 +128,34 @@ def _explain(kind: Any, fault: dict, lines: Lines, source: str) -> str:
         here, is_key = _step(here, part)
         if is_key:
             keys.append(part)
-    spots = [lines[tuple(keys[:n])] for n in range(len(keys), -1, -1) if tuple(keys[:n]) in lines]
-    where, name = (spots[0] if spots else source or "configuration"), ".".join(map(str, keys))
+    if fault["type"] == "union_tag_invalid":
+        keys.append("kind")
+    where, name = _where(tuple(keys), lines) or source or "configuration", ".".join(map(str, keys))
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(kind, fault["loc"][:-1])
         near = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        hint = (f"did you mean {near[0]!r}? " if near else "") + f"known keys: {', '.join(sorted(known))}"
         return f"{where}: unknown key {name!r}; {hint}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{where}: key {name!r} is required"
     if fault["type"] == "union_tag_not_found":
         return f"{where}: {name} needs a key 'kind'"
+    if fault["type"] == "union_tag_invalid":
+        return f"{where}: {name} = {fault['ctx']['tag']!r} is not available; there are: {fault['ctx']['expected_tags']}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" or isinstance(fault["input"], dict):
         return f"{where}: {name + ': ' if name else ''}{message}"
     return f"{where}: {name} = {fault['input']!r}: {message}"
+
+
+def _where(keys: tuple, lines: Lines) -> str | None:
+    """Where the value of ``keys`` was written, or what it stands in; and which of its parts the command line changed."""
+    spot = next((lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in lines), None)
+    changed = [where for at, where in lines.items() if len(at) > len(keys) and at[: len(keys)] == keys and where.startswith("command line")]
+    if not changed:
+        return spot
+    changed = changed[0] if len(changed) == 1 else "command line"
+    return changed if keys not in lines else f"{spot}, and {changed}"
 
 
 def _members(kind: Any) -> list[Any]:

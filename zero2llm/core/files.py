@@ -32,8 +32,9 @@ def new_folder(final: Path, overwrite: bool = False) -> Iterator[Path]:
     if final.is_file() or (final.is_dir() and any(final.iterdir()) and not overwrite):
         raise ValueError(f"{final} already exists and is not empty; choose another place or pass --overwrite")
     part = beside(final)
+    make_folder(final.parent)
     try:
-        part.mkdir(parents=True)
+        part.mkdir()
         yield part
         for path in sorted(part.rglob("*")):
             if path.is_file():
@@ -52,26 +53,49 @@ def new_folder(final: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """Fill the file whose name is yielded; it becomes ``final`` at the end, or vanishes on any error.
+
+    Raises ValueError if the disk is full.
+    """
+    part = beside(final)
+    make_folder(final.parent)
+    try:
+        yield part
+        _flush(part)
+        os.replace(part, final)
+    except OSError as error:
+        raise full_disk(error, final) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """With those above it. Raises ValueError where a file stands or nothing may be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(p for p in (folder, *folder.parents) if p.is_file())
+        raise ValueError(f"{folder} cannot be made: {file} is a file, not a folder; choose another place") from None
+    except OSError as error:
+        raise full_disk(error, folder) from error
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file in one step."""
-    part = beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as part:
         part.write_text(text, encoding="utf-8")
-        _flush(part)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise full_disk(error, path) from error
 
 
 def full_disk(error: OSError, path: Path) -> Exception:
-    """ENOSPC as a sentence; any other error unchanged."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    return ValueError(
-        f"no space left while writing {path}; nothing was overwritten: free some disk space and run again"
-    )
+    """No space left, or no permission, as a sentence; any other error unchanged."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ValueError(f"no space left while writing {path}; nothing was overwritten: free some disk space and run again")
+    folder = next((p for p in path.absolute().parents if p.is_dir()), path)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not os.access(folder, os.W_OK):
+        return ValueError(f"{path} cannot be written: {folder} may not be changed; choose another place")
+    return error
 
 
 def sha256(path: Path) -> str:

@@ -32,6 +32,7 @@ def find_foreign(source: str, tokenizer: Path | None = None, shape: Shape | None
         raise ValueError(f"{source} is an adapter; say which checkpoint it belongs to: --base")
     if path.is_dir():
         refuse_spare(tokenizer, shape, source)
+        refuse_other_folders(path)
         return read_hf(path)
     if path.is_file():
         return _file(path, tokenizer, shape)
@@ -49,6 +50,13 @@ def _file(path: Path, tokenizer: Path | None, shape: Shape | None) -> Foreign:
         raise ValueError(f"{path}: unknown kind of file; readable are folders of Hugging Face, .gguf, minimind's .pth and nanoGPT's ckpt.pt")
     shape = dict(shape or {})
     return read_nanogpt(path, tokenizer, shape) if is_nanogpt(read_torch(path)) else read_minimind(path, tokenizer, shape)
+
+
+def refuse_other_folders(folder: Path) -> None:
+    if (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder} is a checkpoint of zero2llm already; every verb opens it as it is")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is no folder that transformers wrote; name one, or a file of weights")
 
 
 def refuse_spare(tokenizer: Path | None, shape: Shape | None, source: str) -> None:

@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from zero2llm.core.files import read_json
 from zero2llm.core.log import console
 from zero2llm.interop.gguf.write import FILE_TYPES, export_gguf, plan_gguf
 from zero2llm.interop.hf import GENERATION_KEYS, export_hf
 from zero2llm.interop.onnx import export_onnx
 from zero2llm.interop.peft.write import save_peft
 from zero2llm.lab.talk import find_checkpoint
-from zero2llm.train.checkpoint import Checkpoint, save_model
+from zero2llm.train.checkpoint import Checkpoint, generation_of, save_model
+
+WRITTEN_ANEW = {"transformers_version", "_from_model_config"}  # how a generation_config.json came about, not how to answer
 
 
 def export_checkpoint(path: Path, out: Path, to: str = "hf", *, kind: str | None = None, base: str | None = None,
@@ -36,9 +37,11 @@ def export_checkpoint(path: Path, out: Path, to: str = "hf", *, kind: str | None
 
 def _hf(source: Checkpoint, out: Path, kind: None, base: str | None, model_type: str | None, overwrite: bool) -> None:
     model = source.load_model(base)
-    given = source.path / "generation_config.json"
-    generation = {key: value for key, value in read_json(given).items() if key in GENERATION_KEYS} if given.is_file() else {}
+    given = generation_of(source.path)
+    generation = {key: given[key] for key in given if key in GENERATION_KEYS}
     export_hf(model.state_dict(), model.cfg, source.tokenizer_dir, out, generation, overwrite=overwrite, model_type=model_type)
+    for key in sorted(given.keys() - GENERATION_KEYS - WRITTEN_ANEW):
+        _say(f"  generation_config.json: {key} = {json.dumps(given[key])} is not written; add it where you need it", "yellow")
     _say(f"wrote {out}: open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 

@@ -6,13 +6,12 @@ import gzip
 import io
 import json
 import lzma
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zero2llm.core.files import beside, full_disk
+from zero2llm.core.files import new_file
 from zero2llm.lab.data_tables import write_csv, write_parquet
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -40,21 +39,30 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} already exists; choose another name or pass --overwrite")
 
 
+def with_held_out(out: Path, what: str, overwrite: bool) -> tuple[Path, Path]:
+    """``out`` and, beside it, NAME-valid: where both sides of generated records go. Raises ValueError unless both can be written."""
+    kind, outer = format_of(out)
+    if kind != ".jsonl":
+        raise ValueError(f"{out}: {what} are written as .jsonl")
+    valid = out.with_name(f"{out.name.removesuffix(kind + outer)}-valid{kind}{outer}")
+    for path in (out, valid):
+        refuse_existing(path, overwrite)
+    return out, valid
+
+
+def write_records(out: Path, records: Iterable[Any], what: str, overwrite: bool) -> None:
+    """what : one of them, in a message: "question" makes "question 3"."""
+    with writer(out, overwrite) as write:
+        for number, record in enumerate(records, 1):
+            write(record, f"{what} {number}")
+
+
 @contextmanager
-def new_file(final: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Fill the file whose name is yielded; it becomes ``final`` at the end, or vanishes on any error."""
+def own_file(final: Path, overwrite: bool = False) -> Iterator[Path]:
+    """`new_file`, unless something stands there."""
     refuse_existing(final, overwrite)
-    part = beside(final)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(final) as part:
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, final)
-    except OSError as error:
-        raise full_disk(error, final) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -83,7 +91,7 @@ def opened(path: Path, outer: str) -> Iterator[io.BufferedIOBase]:
 def writer(final: Path, overwrite: bool = False, between: str = BETWEEN) -> Iterator[Write]:
     """Yields ``write(record, where)``. Raises ValueError naming the record that the format cannot hold."""
     kind, outer = format_of(final)
-    with new_file(final, overwrite) as part:
+    with own_file(final, overwrite) as part:
         if kind in (".csv", ".tsv", ".parquet"):  # columns are known when all records are
             with spooled(part) as (write, records):
                 yield write

@@ -18,7 +18,7 @@ from zero2llm.core.log import console
 from zero2llm.data.schemas import describe, detect, parse
 from zero2llm.data.sources import BadRecords, Record, Source, expand
 from zero2llm.lab.charts import visible
-from zero2llm.lab.data_files import as_json, new_file, refuse_existing
+from zero2llm.lab.data_files import as_json, own_file, refuse_existing
 from zero2llm.lab.data_tools import reservoir, schema_of, watched
 
 TURNS = ("messages", "conversations", "prompt", "chosen", "rejected")  # fields that may hold a list of turns
@@ -141,7 +141,7 @@ def validate_files(source: Source, schema: str | None, report: Path | None, over
         refuse_existing(report, overwrite)
     counts, found = Counter(), []
     with ExitStack() as stack:
-        lines = None if report is None else stack.enter_context(open(stack.enter_context(new_file(report, overwrite)), "wb"))
+        lines = None if report is None else stack.enter_context(open(stack.enter_context(own_file(report, overwrite)), "wb"))
 
         def tell(fault: dict) -> None:
             if lines is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 
 from zero2llm.core.log import console
-from zero2llm.lab.data_files import format_of, refuse_existing, writer
+from zero2llm.lab.data_files import with_held_out, write_records
 
 LANGS = ("en", "zh")
 HELD_OUT = 4  # every so many-th wording
@@ -113,17 +113,10 @@ def write_identity(
     out: Path, name: str, by: str, n: int, n_valid: int, langs: tuple[str, ...], ordinary: float, seed: int, overwrite: bool
 ) -> None:
     """``out`` and, beside it, the held-out questions in NAME-valid. Raises ValueError before anything is written."""
-    kind, outer = format_of(out)
-    if kind != ".jsonl":
-        raise ValueError(f"{out}: conversations are written as .jsonl")
-    valid = out.with_name(f"{out.name.removesuffix(kind + outer)}-valid{kind}{outer}")
-    for path in (out, valid):
-        refuse_existing(path, overwrite)
+    out, valid = with_held_out(out, "conversations", overwrite)
     given = {"langs": langs, "ordinary": ordinary, "seed": seed}
     sides = {out: identity_talks(name, by, n, **given), valid: identity_talks(name, by, n_valid, held_out=True, **given)}
     for path, talks in sides.items():
-        with writer(path, overwrite) as write:
-            for number, talk in enumerate(talks, 1):
-                write(talk, f"conversation {number}")
+        write_records(path, talks, "conversation", overwrite)
         turns = Counter(len(talk["messages"]) // 2 for talk in talks)
         console().print(f"{path}: {len(talks)} conversations, {turns[2]} of them with two questions", markup=False, soft_wrap=True)

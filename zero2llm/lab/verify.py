@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zero2llm.adapters.wrap import load_adapter_state, unwrap
-from zero2llm.core.files import load_tensors, read_json
+from zero2llm.core.files import load_tensors
 from zero2llm.core.log import console
 from zero2llm.interop.checks import (
     Check,
@@ -51,7 +51,7 @@ from zero2llm.lab.talk import find_checkpoint
 from zero2llm.model.lm import LM
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.adapted import NAME, AdapterRun, dress
-from zero2llm.train.checkpoint import Checkpoint
+from zero2llm.train.checkpoint import Checkpoint, generation_of
 
 R = TypeVar("R")
 LONGEST = 256  # tokens of a text whose logits are compared
@@ -142,7 +142,7 @@ def _hf(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> It
     reader = opened(export, lambda: Transformers(export))
     yield Check("opened by", reader.name, "", True)
     yield reader.check_names()
-    stops = stops_of(read_json(given) if (given := source.path / "generation_config.json").is_file() else {}, asked.tokenizer)
+    stops = stops_of(generation_of(source.path), asked.tokenizer)
     yield guarded("control tokens", lambda: reader.check_control(asked.tokenizer, reader.stops, stops))
     yield from _spoken(reader, asked)
     kinds = {tensor.dtype for tensor in found.tensors.values()}

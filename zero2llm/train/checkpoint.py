@@ -2,6 +2,7 @@
 
     step-00000120/
         model/model.safetensors   config.json (model, resolved; format version)   tokenizer/
+    generation_config.json    of a model that was imported: stop tokens, sampling defaults; its descendants carry it on
         train/optim.safetensors   train/rng.safetensors   train/state.json (step, tokens, scale, data cursor)
         manifest.json             sha256 of every file, parent, metrics: written last
 
@@ -33,6 +34,7 @@ from zero2llm.train.adapted import NAME, AdapterRun, dress, weights_hash
 from zero2llm.train.fit import FitState
 
 FORMAT = 1
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,19 @@ def save_checkpoint(
     parent: str | None,
     metrics: dict,
     adapter: AdapterRun | None = None,
+    generation: dict | None = None,
 ) -> Path:
-    """Write ``run/checkpoints/step-N``; of an adapter its own tensors alone. Raises ValueError if the disk is full; earlier checkpoints stay."""
+    """Write ``run/checkpoints/step-N``; of an adapter its own tensors alone. Raises ValueError if the disk is full; earlier checkpoints stay.
+
+    generation : what `generation_of` read from the parent.
+    """
     final = run / "checkpoints" / f"step-{state.step:08d}"
     with new_folder(final, overwrite=True) as part:
         save_tensors(adapter_state(model, NAME) if adapter else model.state_dict(), part / "model")
         about = {"format": FORMAT, "model": to_dict(model.cfg)} | ({"adapter": to_dict(adapter)} if adapter else {})
         (part / "config.json").write_text(json.dumps(about, indent=1), "utf-8")
         shutil.copytree(tokenizer_dir, part / "tokenizer")
+        keep_generation(generation, part)
         save_tensors(optim.state_tensors(), part / "train", "optim")
         save_tensors(rng_state(), part / "train", "rng")
         kept = {**asdict(state), "metrics": {}}
@@ -185,9 +192,21 @@ def save_model(model: LM, save_tokenizer: Callable[[Path], object], out: Path, p
         save_tensors(model.state_dict(), part / "model")
         (part / "config.json").write_text(json.dumps({"format": FORMAT, "model": to_dict(model.cfg)}, indent=1), "utf-8")
         save_tokenizer(part / "tokenizer")
+        keep_generation(generation_of(parent.path), part)
         about = {"step": parent.step, "tokens": parent.manifest["tokens"], "parent": str(parent.path), "metrics": {}}
         (part / "manifest.json").write_text(json.dumps({"format": FORMAT} | about | {"sha256": hashes(part)}, indent=1), "utf-8")
     return out
+
+
+def generation_of(checkpoint: str | Path | None) -> dict:
+    """Stop tokens and sampling defaults that an imported model brought, by transformers' names; none of a model of our own."""
+    file = Path(checkpoint) / GENERATION if checkpoint is not None else None
+    return read_json(file) if file is not None and file.is_file() else {}
+
+
+def keep_generation(generation: dict | None, folder: Path) -> None:
+    if generation:
+        (folder / GENERATION).write_text(json.dumps(generation, indent=1, ensure_ascii=False), "utf-8")
 
 
 def candidates(run: Path) -> list[Path]:

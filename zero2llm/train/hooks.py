@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from zero2llm.core.files import new_folder
 from zero2llm.parallel.plan import World
-from zero2llm.train.checkpoint import best, prune, save_checkpoint
+from zero2llm.train.checkpoint import best, generation_of, prune, save_checkpoint
 from zero2llm.train.fit import FitState
 from zero2llm.train.telemetry import Telemetry
 
@@ -32,7 +34,10 @@ class Validate:
 
 
 class Save:
-    """A checkpoint every ``every_s`` seconds and after the last step; the newest ``keep`` and the best one stay."""
+    """A checkpoint every ``every_s`` seconds and after the last step; the newest ``keep`` and the best one stay.
+
+    What comes from the parent beside its weights is kept from the start: the parent's own run may prune it meanwhile.
+    """
 
     def __init__(self, run: Path, every_s: float, keep: int, steps: int, validate: Validate, **what):
         self.run, self.every_s, self.keep, self.steps, self.validate, self.what = (
@@ -43,6 +48,9 @@ class Save:
             validate,
             what,
         )
+        self.generation = generation_of(what["parent"])
+        if World.current().rank == 0:
+            self.what["tokenizer_dir"] = own_copy(what["tokenizer_dir"], run)
         self.saved_at = time.monotonic()
 
     def __call__(self, state: FitState) -> None:
@@ -55,7 +63,18 @@ class Save:
         if not due and state.step != self.steps:
             return
         if World.current().rank == 0:
-            save_checkpoint(self.run, state=state, metrics=dict(self.validate.latest), **self.what)
+            save_checkpoint(self.run, state=state, metrics=dict(self.validate.latest), generation=self.generation, **self.what)
             prune(self.run, self.keep, protect=[best(self.run)])
         World.current().barrier()
         self.saved_at = time.monotonic()
+
+
+def own_copy(tokenizer_dir: Path, run: Path) -> Path:
+    """The tokenizer in the run's own folder."""
+    if run in tokenizer_dir.parents:
+        return tokenizer_dir
+    folder = run / "tokenizer"
+    if not folder.is_dir():
+        with new_folder(folder) as part:
+            shutil.copytree(tokenizer_dir, part, dirs_exist_ok=True)
+    return folder

@@ -6,7 +6,6 @@ Each is written beside its final name, flushed and renamed. So neither a power c
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from zero2llm.core.files import beside, full_disk
+from zero2llm.core.files import new_file
 from zero2llm.data.document import CorpusStep, Document
 
 TOGETHER = 256  # documents that are signed in one call
@@ -26,17 +25,8 @@ CHARACTERS = 4 << 20  # of text, after which fewer are
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that gets its name at the end, or vanishes on any error."""
-    part = beside(path)
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise full_disk(error, path) from error
-    finally:
-        part.unlink(missing_ok=True)
+    with new_file(path) as part, open(part, "wb") as file:
+        yield file
 
 
 def save_array(path: Path, values: np.ndarray) -> None:

@@ -27,8 +27,8 @@ from dataclasses import field
 from typing import ClassVar, Literal
 
 from zero2llm.core.config import config
-from zero2llm.data.document import Document, Removed, Result, Step
-from zero2llm.data.steps.thresholds import Changes, rules_of, tables
+from zero2llm.data.document import Removed, Step
+from zero2llm.data.steps.thresholds import Changes, by_rules, tables
 from zero2llm.data.steps.words import CHARACTERS_PER_WORD, words
 
 MARKS = "，。、；：？！“”‘’「」『』《》（）,.;:?!\"'()"
@@ -85,12 +85,7 @@ class GopherConfig:
         tables(self.kind, DEFAULTS, self.languages)
 
     def build(self) -> Step:
-        table = tables(self.kind, DEFAULTS, self.languages)
-
-        def step(doc: Document) -> Result:
-            return fault(doc.text, rules_of(self.kind, table, doc)) or doc
-
-        return step
+        return by_rules(self.kind, tables(self.kind, DEFAULTS, self.languages), fault)
 
 
 def fault(text: str, r: GopherRules) -> Removed | None:

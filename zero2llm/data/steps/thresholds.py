@@ -8,11 +8,11 @@ without those that only fit English. Documents judged by ``other`` are counted i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from zero2llm.core.config import parse, to_dict
-from zero2llm.data.document import Document
+from zero2llm.data.document import Document, Removed, Result, Step
 from zero2llm.data.steps.words import language_of
 
 Rules = TypeVar("Rules")
@@ -34,3 +34,12 @@ def rules_of(step: str, table: Mapping[str, Rules], doc: Document) -> Rules:
         return table[language]
     doc.notes[f"{step}: no thresholds of its own for this language"] += 1
     return table["other"]
+
+
+def by_rules(step: str, table: Mapping[str, Rules], fault: Callable[[str, Rules], Removed | None]) -> Step:
+    """A step that removes a document for the first ``fault`` of its text by its language's rules."""
+
+    def look(doc: Document) -> Result:
+        return fault(doc.text, rules_of(step, table, doc)) or doc
+
+    return look

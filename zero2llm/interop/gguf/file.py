@@ -12,7 +12,6 @@ Why: nothing is read but the header until a tensor is asked for, and nothing is 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zero2llm.core.files import beside, full_disk
+from zero2llm.core.files import new_file
 from zero2llm.core.lazy import Lazy
 from zero2llm.interop.gguf.blocks import KINDS, PACK, UNPACK, dequantize, nbytes, quantize
 from zero2llm.interop.gguf.values import Cursor, Typed, entry, string
@@ -189,22 +188,12 @@ def write_gguf(
     alignment = metadata.get("general.alignment", 32)
     alignment = alignment.value if isinstance(alignment, Typed) else alignment
     header = b"".join(_header(metadata, tensors, alignment))
-    part = beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(header)
-            for name, shape, kind, load in tensors:
-                file.write(b"\0" * (-file.tell() % alignment))
-                _write_tensor(file, name, shape, kind, load())
+    with new_file(path) as part, open(part, "wb") as file:
+        file.write(header)
+        for name, shape, kind, load in tensors:
             file.write(b"\0" * (-file.tell() % alignment))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise full_disk(error, path) from error
-    finally:
-        part.unlink(missing_ok=True)
+            _write_tensor(file, name, shape, kind, load())
+        file.write(b"\0" * (-file.tell() % alignment))
 
 
 def _header(metadata: dict[str, Any], tensors: list[tuple], alignment: int) -> Iterator[bytes]:
