@@ -208,3 +208,27 @@ def tasks(families: tuple[str, ...], kind: str, out: Path, n: int, n_valid: int,
     from zero2llm.lab.task_files import write_tasks
 
     write_tasks(out, families, kind, n, n_valid, langs, seed, overwrite)
+
+
+@data.command(**HELP)
+@click.argument("teacher", type=PATH)
+@click.argument("files", nargs=-1, required=True, metavar="FILES...")
+@click.option("--out", type=PATH, required=True, help="File of conversations to write, .jsonl; a run that was killed goes on in it.")
+@click.option("--max-tokens", default=256, help="Longest answer; one that is cut there is left out.")
+@click.option("--temperature", default=0.0, help="0 = always the likeliest token.")
+@click.option("--top-p", default=1.0, help="Sample from the likeliest tokens that reach this probability together.")
+@click.option("--batch", default=64, help="Answers written at a time.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@seed
+def answers(teacher: Path, files: tuple[str, ...], out: Path, max_tokens: int, temperature: float, top_p: float, batch: int, device: str, seed: int) -> None:
+    """Let the model in TEACHER (a checkpoint or a run) answer the questions of FILES: sequence-level distillation.
+
+    FILES hold prompts, or conversations, of which the last answer is written anew. What comes out is for objective sft, of a
+    student with any tokenizer.
+    """
+    from zero2llm.engine.sampling import Sampling
+
+    wanted = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    from zero2llm.lab.teach import write_down
+
+    write_down(teacher, files, out, wanted, batch, device)

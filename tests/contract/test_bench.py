@@ -71,3 +71,15 @@ def test_tokenizing():
 @pytest.mark.slow
 def test_adapters_and_nf4():
     assert "failed" not in run("adapters.py") and "failed" not in run("nf4.py", "--candidates", "full+mb1,nf4+mb1")
+
+
+@pytest.mark.slow
+def test_alignment():
+    table = run("alignment.py", "--candidates", "ours_dpo,ours_dpo_stored,ours_grpo_kl+mb4", "--threads", "1")
+    assert "failed" not in table and "| ours_grpo_kl+mb4 |" in table
+
+
+@pytest.mark.slow
+def test_alignment_beside_trl():
+    pytest.importorskip("trl")
+    assert "x that of trl_grpo" in run("alignment.py", "--kinds", "grpo", "--threads", "1")

@@ -59,6 +59,46 @@ def test_more_requests_than_rows(engine):
     assert [c.tokens for c in small.generate(PROMPTS, GREEDY)] == [c.tokens for c in engine.generate(PROMPTS, GREEDY)]
 
 
+def read_by(monkeypatch, engine):
+    """Rows of every prefill that follows."""
+    rows, forward = [], engine.model.forward
+    keep = lambda tokens, seq, states=None: (tokens.shape[1] > 1 and rows.append(len(tokens))) or forward(tokens, seq, states)
+    monkeypatch.setattr(engine.model, "forward", keep)
+    return rows
+
+
+def test_a_prompt_that_requests_share_is_read_once(engine, monkeypatch):
+    """Between others, sampled and greedy: the same tokens and log-probs as from a request of its own."""
+    asked = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[3], PROMPTS[0]]
+    warm = [Sampling(temperature=1.0, max_tokens=8, seed=k, ignore_eos=True, logprobs=True) for k in range(4)]
+    how = [*warm, Sampling(temperature=0, max_tokens=5, ignore_eos=True, logprobs=True, repetition_penalty=1.4)]
+    alone = [engine.generate([prompt], one)[0] for prompt, one in zip(asked, how, strict=True)]
+    rows = read_by(monkeypatch, engine)
+    together = engine.generate(asked, how)
+    assert rows == [3]
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens == other.tokens and other.logps == pytest.approx(one.logps, abs=1e-5)
+    assert together[0].tokens != together[2].tokens, "each goes its own way"
+
+
+def test_shared_prompts_with_a_recurrent_memory():
+    """What is copied is the whole state of every layer, not keys and values alone."""
+    from tests.contract.rl_bandit import Letters
+    from zero2llm.core.config import parse
+    from zero2llm.model.lm import LM
+    from zero2llm.model.spec import ModelConfig
+
+    torch.manual_seed(0)
+    mixers = {"r": {"kind": "retnet", "n_heads": 2}, "g": {"kind": "gqa", "n_heads": 2, "window": 3}}
+    blocks = {name: {"mixer": mixer, "ffn": {"kind": "glu", "hidden": 16}, "norm": {"kind": "rms"}} for name, mixer in mixers.items()}
+    data = {"vocab_size": 4, "d_model": 8, "max_len": 32, "layers": {"pattern": ["r", "g"]}, "blocks": blocks}
+    engine = Engine(LM(parse(ModelConfig, data | {"final_norm": {"kind": "rms"}, "tie_embeddings": False})), Letters())
+    asked = [[2, 3, 2, 2, 3], [3, 3], [2, 3, 2, 2, 3], [2, 3, 2, 2, 3]]
+    how = [Sampling(temperature=1.0, max_tokens=10, seed=k, ignore_eos=True) for k in range(4)]
+    alone = [engine.generate([ids], one)[0].tokens for ids, one in zip(asked, how, strict=True)]
+    assert [c.tokens for c in engine.generate(asked, how)] == alone
+
+
 def test_streamed_text_equals_the_whole(engine):
     pieces = list(engine.stream(PROMPTS[3], GREEDY))
     assert "".join(pieces) == engine.generate([PROMPTS[3]], GREEDY)[0].text

@@ -102,7 +102,6 @@ def test_killed_and_resumed_to_the_bit(root, tmp_path, kind):
         ({"objective": {"kind": "clm"}}, "samples nothing"),
         ({"rollout": {"max_tokens": 64}}, "no room for a prompt"),
         ({"rollout": {"samples": 1, "max_tokens": 6}}, "at least 2"),
-        ({"objective": {"kind": "ppo"}, "adapter": {"kind": "lora"}}, "score head"),
         ({"reward": [{"kind": "regex", "pattern": "("}]}, "no regular expression"),
         ({"reward": [{"kind": "exakt"}]}, "exakt"),
     ],

@@ -220,8 +220,10 @@ def test_a_reward_model(root, tmp_path):
     assert first["valid_accuracy"] == pytest.approx(after["valid_accuracy"]) and again.model.cfg.score_head
     left = run(root, tmp_path / "dpo", "dpo", init=str(tmp_path / "run"))
     assert torch.equal(left.model.score.weight, stored.score.weight)
-    with pytest.raises(ValueError, match="score"):
-        export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    export_checkpoint(tmp_path / "dpo", tmp_path / "lm")
+    kinds = [json.loads((tmp_path / name / "config.json").read_text())["architectures"] for name in ("hf", "lm")]
+    assert kinds == [["Qwen3ForSequenceClassification"], ["Qwen3ForCausalLM"]]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,6 @@ def test_a_reward_model(root, tmp_path):
         ("ipo", NOTHING, "objective ipo needs init"),
         ("kto", NOTHING, "objective kto needs init"),
         ("reward", NOTHING, "objective reward needs init.*score head"),
-        ("reward", {"adapter": {"kind": "lora"}}, "objective reward trains a score head.*remove the key adapter"),
         ("reward", {"eval": {"prompts": ["x"]}}, "scores answers and writes none"),
         ("kto", {"objective": {"kind": "kto", "label_smoothing": 0.1}}, "unknown key 'objective.label_smoothing'"),
         ("dpo", {"objective": {"kind": "dpo", "reference": "copy"}}, "'model', 'precomputed' or 'none'"),

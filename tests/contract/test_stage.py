@@ -17,8 +17,8 @@ from tests.contract.stages import recipe, write_data, write_recipe
 from tests.contract.test_fit import Repeat, ragged, tiny
 from zero2llm.core.device import pick_device, pick_dtype
 from zero2llm.lab import talk
-from zero2llm.lab.look import inspect_recipe
 from zero2llm.lab.data_config import DataConfig
+from zero2llm.lab.look import inspect_recipe
 from zero2llm.lab.recipe import TokenizerConfig
 from zero2llm.lab.sets import build_tokenizer
 from zero2llm.optim.adamw import AdamWConfig

@@ -183,12 +183,17 @@ def judged_items(
 
 
 def prompt_items(
-    prompts: Iterable[Prompt], tokenizer: Tokenizer, max_len: int, bad: BadRecords, style: Style | None = None
-) -> Iterator[Item]:
-    """RL: what the model continues, without a mask; extra: {"answer": ...}, {"gt": [...]} where there are."""
+    prompts: Iterable[Prompt], tokenizer: Tokenizer, max_len: int, bad: BadRecords, style: Style | None = None, *,
+    tools: list[dict] | None = None,
+) -> Iterator[Item]:  # fmt: skip
+    """RL: what the model continues, without a mask; extra: {"answer": ...}, {"gt": [...]} where there are. ``tools``: what can be
+    called, named to the model where a prompt names nothing."""
 
     def item(one: Prompt) -> Item:
-        ids, _ = rendered(one.messages, tokenizer, one.messages.tools, prompt=True, style=style)
+        named = one.messages.tools or tools
+        if tools and named != tools:
+            raise ValueError("its tools are not those of rollout.tools; remove them from the record, or change the recipe")
+        ids, _ = rendered(one.messages, tokenizer, named, prompt=True, style=style)
         if len(ids) > max_len:
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit into {max_len}; raise seq_len")
         extra = {"answer": one.answer} if one.answer is not None else {}

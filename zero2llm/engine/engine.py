@@ -2,6 +2,8 @@
 
 One `step` is one model call: either the prefill of the next wave (prompts padded on the right; padding writes
 nothing to the states) or one token for every row still running. Rows that finish leave the batch.
+A prompt that several requests of a wave share (the answers of a rollout) is read once and its states copied: n answers cost
+one prompt and n completions.
 """
 
 from __future__ import annotations
@@ -110,18 +112,23 @@ class Engine:
     def _prefill(self) -> Tensor:
         wave = [self.waiting.popleft() for _ in range(min(self.max_batch, len(self.waiting)))]
         self.running, device = wave, self.model.embed.weight.device
-        longest = max(len(r.prompt) for r in wave)
-        tokens = torch.full((len(wave), longest), self.tokenizer.pad_id)
-        for row, request in zip(tokens, wave, strict=True):
-            row[: len(request.prompt)] = torch.tensor(request.prompt)
-        lengths = torch.tensor([len(r.prompt) for r in wave])
+        place: dict[tuple[int, ...], int] = {}  # of each different prompt
+        rows = torch.tensor([place.setdefault(tuple(r.prompt), len(place)) for r in wave], device=device)
+        longest = max(map(len, place))
+        tokens = torch.full((len(place), longest), self.tokenizer.pad_id)
+        for row, prompt in zip(tokens, place, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        lengths = torch.tensor([len(prompt) for prompt in place])
         room = min(max(len(r.prompt) + r.sampling.max_tokens for r in wave), self.max_len)
-        self.states = self.model.init_states(len(wave), room)
-        self.seen = torch.zeros(len(wave), self.model.cfg.vocab_size, dtype=torch.bool, device=device)
+        self.states = self.model.init_states(len(place), room)
+        self.seen = torch.zeros(len(place), self.model.cfg.vocab_size, dtype=torch.bool, device=device)
         self.seen.scatter_(1, tokens.to(device), True)
-        seq = Seq.ragged(lengths, longest) if len(set(lengths.tolist())) > 1 else Seq.rows(len(wave), longest)
+        seq = Seq.ragged(lengths, longest) if len(set(lengths.tolist())) > 1 else Seq.rows(len(place), longest)
         hidden, _ = self.model(tokens.to(device), seq.to(device), self.states)
-        return self.model.logits(hidden[torch.arange(len(wave)), lengths - 1])
+        logits = self.model.logits(hidden[torch.arange(len(place)), lengths - 1])
+        if len(place) < len(wave):
+            self.states, self.seen, logits = [state.gather(rows) for state in self.states], self.seen[rows], logits[rows]
+        return logits
 
     def _decode(self) -> Tensor:
         device = self.model.embed.weight.device
@@ -138,8 +145,8 @@ class Engine:
         if any(s.repetition_penalty != 1.0 for s in asked):
             penalty = torch.tensor([s.repetition_penalty for s in asked], device=logits.device)
             logits = repetition_penalty(logits, self.seen, penalty)
-        tokens = logits.argmax(-1)
         warm = [i for i, s in enumerate(asked) if s.temperature > 0]
+        tokens = logits.new_zeros(len(asked), dtype=torch.long) if len(warm) == len(asked) else logits.argmax(-1)
         for key in dict.fromkeys((asked[i].top_k, asked[i].top_p, asked[i].min_p) for i in warm):
             rows = [i for i in warm if (asked[i].top_k, asked[i].top_p, asked[i].min_p) == key]
             heat = torch.tensor([asked[i].temperature for i in rows], device=logits.device)[:, None]

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from zero2llm.tokenizers.tokenizer import Tokenizer
 # What a kind may lose of a matrix, |error| / |weights|. Of 16 bits the last; of a block of 32 with largest value m the error is
 # at most m / (2 * 127 sqrt 3) or m / (8 sqrt 3) a weight, and its root mean square at least m / sqrt 32.
 LOSS = {"F32": 1e-4, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 0.015, "Q4_0": 0.42}
+R = TypeVar("R")
 FLOOR = -87.0  # of log-probabilities: e^-87 is the smallest number that fp32 holds in full
 
 
@@ -82,6 +84,14 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
     except Exception as error:  # each program has its own kinds
         text = " ".join(str(error).split()) or "no message"
         return Check(name, f"{type(error).__name__}: {text[:300]}", "no error", False)
+
+
+def opened(export: Path, reader: Callable[[], R]) -> R:
+    """Each program has its own kinds of errors; all of them mean that the export is no use."""
+    try:
+        return reader()
+    except Exception as error:
+        raise ValueError(f"{export}: cannot be opened ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
 
 
 def check_ids(reader: Reader, tokenizer: Tokenizer, texts: Sequence[str], told: Sequence[str] = (), why: str = "") -> Check:

@@ -19,8 +19,9 @@ from torch import Tensor
 from zero2llm.core.config import to_dict
 from zero2llm.core.files import hashes, new_folder, read_json
 from zero2llm.core.lazy import Lazy, write_tensors
-from zero2llm.interop.hf_config import family, from_hf_config
+from zero2llm.interop.hf_config import from_hf_config, page_of, rules_of
 from zero2llm.interop.hf_names import Rule
+from zero2llm.interop.score import check_head
 from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
 from zero2llm.tokenizers.tokenizer import Tokenizer
@@ -72,10 +73,11 @@ def plan(tensors: Mapping[str, Lazy], cfg: ModelConfig, model_type: str | None =
 
     Buffers of old files (causal masks, inverse frequencies) are passed over.
     """
-    page = family(cfg, model_type)
-    rules = page.rules(cfg)
-    tensors = page.clean({name: t for name, t in tensors.items() if not name.endswith(OLD_BUFFERS)}, cfg)
-    if cfg.tie_embeddings:
+    rules = rules_of(cfg, model_type)
+    tensors = page_of(cfg, model_type).clean({name: t for name, t in tensors.items() if not name.endswith(OLD_BUFFERS)}, cfg)
+    if cfg.score_head:
+        check_head(tensors, source)
+    elif cfg.tie_embeddings:
         embedding = rules[0].theirs[0]
         head = tensors.pop("lm_head.weight", None)
         if head is not None and embedding in tensors and not torch.equal(head.load(), tensors[embedding].load()):

@@ -17,7 +17,8 @@ from torch import Tensor
 from zero2llm.core.files import new_folder, read_json, save_tensors
 from zero2llm.core.lazy import lazy, open_tensors
 from zero2llm.interop.foreign import check_names, plan
-from zero2llm.interop.hf_config import family, from_hf_config, to_hf_config
+from zero2llm.interop.hf_config import from_hf_config, rules_of, to_hf_config
+from zero2llm.interop.score import padding
 from zero2llm.model.spec import ModelConfig
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
@@ -34,7 +35,9 @@ def to_hf_tensors(state: dict[str, Tensor], cfg: ModelConfig, model_type: str | 
 
     Raises ValueError listing tensors that are missing or too many.
     """
-    rules = family(cfg, model_type).rules(cfg)
+    rules = rules_of(cfg, model_type)
+    if cfg.score_head == "reward":
+        state = {name: tensor for name, tensor in state.items() if name != "head.weight"}  # a classifier has no place for it
     check_names([name for rule in rules for name in rule.ours], state, "model state")
     return {
         name: tensor
@@ -57,6 +60,7 @@ def export_hf(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path, o
     generation : any of GENERATION_KEYS. The tokens that end an answer are its ``eos_token_id`` (one id or several) and those
     at which our engine stops; without it, our tokenizer also says which tokens start and pad.
     Weights keep their dtype.  model_type : as in `to_hf_tensors`.
+    A reward model becomes a classifier with one label, without generation settings; score.py says what differs.
     Raises ValueError before anything is written: no counterpart, a non-empty ``out``, a tokenizer that does not fit.
     """
     tensors = to_hf_tensors(state, cfg, model_type)
@@ -64,15 +68,21 @@ def export_hf(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path, o
     generation = _generation(generation or {}, Path(tokenizer_dir), cfg)
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     ids = {key: generation.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+    pad = padding(Tokenizer.load(tokenizer_dir)) if cfg.score_head == "reward" else None
+    ids |= {} if pad is None else {"pad": pad}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     config = to_hf_config(cfg, **ids, dtype=dtype, model_type=model_type)
     with new_folder(Path(out), overwrite) as part:
         save_tensors(tensors, part)
         _write(part / "config.json", config)
-        _write(part / "generation_config.json", generation)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, part / name)
+        if pad is None:
+            _write(part / "generation_config.json", generation)
+        else:
+            name = Tokenizer.load(tokenizer_dir).library.id_to_token(pad)
+            _write(part / "tokenizer_config.json", read_json(part / "tokenizer_config.json") | {"pad_token": name})
     return Path(out)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from zero2llm.interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from zero2llm.interop.families.family import Family
 from zero2llm.interop.families.gemma import GEMMA, GEMMA2, GEMMA3
@@ -15,6 +17,8 @@ from zero2llm.interop.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from zero2llm.interop.families.olmo2 import OLMO2
 from zero2llm.interop.families.phi3 import PHI3
 from zero2llm.interop.families.qwen3_next import QWEN3_NEXT
+from zero2llm.interop.hf_names import Rule
+from zero2llm.interop.score import head_rule, is_classifier, score_keys, trunk
 from zero2llm.model.spec import ModelConfig
 
 # The first that computes the same function is taken: plain ones stand before those that add options.
@@ -43,6 +47,17 @@ def family(cfg: ModelConfig, model_type: str | None = None) -> Family:
     )
 
 
+def page_of(cfg: ModelConfig, model_type: str | None = None) -> Family:
+    """`family`, of a reward model that of its trunk."""
+    return family(trunk(cfg) if cfg.score_head == "reward" else cfg, model_type)
+
+
+def rules_of(cfg: ModelConfig, model_type: str | None = None) -> list[Rule]:
+    """Which tensor is which, a reward model's head among them."""
+    page = page_of(cfg, model_type)
+    return [*page.rules(trunk(cfg)), head_rule()] if cfg.score_head == "reward" else page.rules(cfg)
+
+
 def by_model_type(name: str | None) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"config.json: model_type {name!r} is not supported; there are: {', '.join(FAMILIES)}")
@@ -57,16 +72,18 @@ def family_of(cfg: ModelConfig) -> str:
 def to_hf_config(cfg: ModelConfig, *, bos: int | None = None, eos: list[int] | None = None, pad: int | None = None,
                  dtype: str = "float32", model_type: str | None = None) -> dict:  # fmt: skip
     """Content of config.json. dtype and rope stand there twice: as transformers 5 reads them and as version 4 does."""
-    page = family(cfg, model_type)
+    page = page_of(cfg, model_type)
+    scoring = cfg.score_head == "reward"
     return {
         "architectures": [page.architecture], "dtype": dtype, "torch_dtype": dtype, "initializer_range": cfg.init.std,
         "use_cache": True, "bos_token_id": bos, "eos_token_id": eos[0] if eos and len(eos) == 1 else eos,
-        "pad_token_id": pad, **page.keys(cfg),
+        "pad_token_id": pad, **page.keys(trunk(cfg) if scoring else cfg),
+        **(score_keys(page.model_type, page.architecture) if scoring else {}),
     }  # fmt: skip
 
 
 def from_hf_config(data: dict) -> ModelConfig:
-    """The same model as ours; absent keys mean transformers' defaults.
+    """The same model as ours; absent keys mean transformers' defaults. A classifier's is a reward model.
 
     Raises ValueError naming the setting that is not supported.
     """
@@ -74,6 +91,7 @@ def from_hf_config(data: dict) -> ModelConfig:
     if data.get("quantization_config"):
         raise ValueError("config.json: quantization_config: load the unquantised weights")
     try:
-        return page.read(data)
+        cfg = page.read(data)
     except KeyError as error:
         raise ValueError(f"config.json: key {error} is required for model_type {page.model_type!r}") from None
+    return replace(cfg, score_head="reward", tie_embeddings=True) if is_classifier(data) else cfg

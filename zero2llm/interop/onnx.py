@@ -89,7 +89,7 @@ def onnx_faults(cfg: ModelConfig) -> list[str]:
     for name, norm in (("final_norm", cfg.final_norm), ("embed_norm", cfg.embed_norm)):
         found += [f"{name}: {norm.kind}"] if norm and norm.kind not in NORMS else []
     found += ["mtp: predictions further ahead are no part of the plain forward pass"] if cfg.mtp else []
-    found += ["score_head: it gives scores, not logits"] if cfg.score_head else []
+    found += ["score_head: it gives scores, not logits; a reward model is written for transformers (hf)"] if cfg.score_head else []
     return list(dict.fromkeys(found))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from zero2llm.core.files import read_json
 from zero2llm.core.lazy import Lazy, open_tensors
 from zero2llm.interop.foreign import Foreign
+from zero2llm.interop.score import is_classifier
 from zero2llm.interop.torch_files import open_bin
 from zero2llm.tokenizers.tokenizer import Tokenizer
 
@@ -31,7 +32,8 @@ def read_hf(folder: Path) -> Foreign:
     config = read_json(folder / "config.json")
     given = folder / "generation_config.json"
     generation = read_json(given) if given.is_file() else {}
-    return Foreign(str(folder), config, _weights(folder), tokenizer_saver(folder), generation)
+    notes = ("a reward model: it scores texts and writes none; the embedding stands where the vocabulary's head would",) if is_classifier(config) else ()
+    return Foreign(str(folder), config, _weights(folder), tokenizer_saver(folder), generation, notes)
 
 
 def _weights(folder: Path) -> dict[str, Lazy]:

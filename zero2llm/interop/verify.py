@@ -99,7 +99,7 @@ class Transformers(HFTokenizer):
         self.name = f"transformers {library.__version__}"
         asked = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, info = library.AutoModelForCausalLM.from_pretrained(base or folder, **asked, **LOCAL)
-        self.lost = sorted(f"{key.removesuffix('_keys')} {name}" for key in ("missing_keys", "unexpected_keys") for name in info[key])
+        self.lost = _lost(info)
         eos = model.generation_config.eos_token_id
         self.stops = [eos] if isinstance(eos, int) else list(eos or [])
         model.generation_config = library.GenerationConfig()  # the folder's sampling would change greedy answers
@@ -119,7 +119,37 @@ class Transformers(HFTokenizer):
         return self.model.generate(input_ids=row, **asked)[0, len(ids) :].tolist()
 
     def check_names(self) -> Check:
-        return Check("tensors", "; ".join(self.lost[:6]) or "none missing, none left over", "none missing", not self.lost)
+        return _names(self.lost)
+
+
+class Classifier(HFTokenizer):
+    """A folder opened by AutoModelForSequenceClassification. ``lost`` : as of `Transformers`."""
+
+    def __init__(self, folder: Path):
+        library = _transformers()
+        library.utils.logging.disable_progress_bar()
+        super().__init__(folder)
+        self.name = f"transformers {library.__version__}"
+        asked = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        model, info = library.AutoModelForSequenceClassification.from_pretrained(folder, **asked, **LOCAL)
+        self.model, self.lost = model.eval(), _lost(info)
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T) padded on the right -> (B,)."""
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        return self.model(tokens, attention_mask=mask, use_cache=False).logits[:, 0].float()
+
+    def check_names(self) -> Check:
+        return _names(self.lost)
+
+
+def _lost(info: dict) -> list[str]:
+    return sorted(f"{key.removesuffix('_keys')} {name}" for key in ("missing_keys", "unexpected_keys") for name in info[key])
+
+
+def _names(lost: list[str]) -> Check:
+    return Check("tensors", "; ".join(lost[:6]) or "none missing, none left over", "none missing", not lost)
 
 
 def base_of(folder: Path, told: Path | None) -> Path:

@@ -12,7 +12,10 @@ from zero2llm.interop.gguf.write import FILE_TYPES, export_gguf, plan_gguf
 from zero2llm.interop.hf import GENERATION_KEYS, export_hf
 from zero2llm.interop.onnx import export_onnx
 from zero2llm.interop.peft.write import save_peft
+from zero2llm.interop.score import as_language_model, padding, score_notes
 from zero2llm.lab.talk import find_checkpoint
+from zero2llm.model.lm import LM
+from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.checkpoint import Checkpoint, generation_of, save_model
 
 WRITTEN_ANEW = {"transformers_version", "_from_model_config"}  # how a generation_config.json came about, not how to answer
@@ -36,19 +39,29 @@ def export_checkpoint(path: Path, out: Path, to: str = "hf", *, kind: str | None
 
 
 def _hf(source: Checkpoint, out: Path, kind: None, base: str | None, model_type: str | None, overwrite: bool) -> None:
-    model = source.load_model(base)
-    given = generation_of(source.path)
+    model = _language_model(source.load_model(base))
+    scoring = model.cfg.score_head == "reward"
+    notes = score_notes(model.state_dict(), model.cfg, source.tokenizer_dir) if scoring else []
+    given = {} if scoring else generation_of(source.path)
     generation = {key: given[key] for key in given if key in GENERATION_KEYS}
     export_hf(model.state_dict(), model.cfg, source.tokenizer_dir, out, generation, overwrite=overwrite, model_type=model_type)
-    for key in sorted(given.keys() - GENERATION_KEYS - WRITTEN_ANEW):
-        _say(f"  generation_config.json: {key} = {json.dumps(given[key])} is not written; add it where you need it", "yellow")
-    _say(f"wrote {out}: open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    dropped = sorted(given.keys() - GENERATION_KEYS - WRITTEN_ANEW)
+    for note in [*notes, *(f"generation_config.json: {key} = {json.dumps(given[key])} is not written; add it where you need it" for key in dropped)]:
+        _say(f"  {note}", "yellow")
+    _say(f"wrote {out}: open it with transformers.AutoModelFor{'SequenceClassification' if scoring else 'CausalLM'}.from_pretrained({str(out)!r})")
+
+
+def _language_model(model: LM) -> LM:
+    """A critic stays behind, and that is said; a reward model's head is the model, and stays."""
+    if model.cfg.score_head != "reward" and (note := as_language_model(model)):
+        _say(f"  {note}", "yellow")
+    return model
 
 
 def _gguf(source: Checkpoint, out: Path, kind: str | None, base: str | None, model_type: str | None, overwrite: bool) -> None:
     if out.suffix != ".gguf":
         raise ValueError(f"--out {out}: a GGUF is one file; give it a name that ends in .gguf")
-    model, kind = source.load_model(base), kind or "f16"
+    model, kind = _language_model(source.load_model(base)), kind or "f16"
     if kind not in FILE_TYPES:
         raise ValueError(f"--type {kind!r} is not available; there are: {', '.join(FILE_TYPES)}")
     asked = {"name": out.stem, "model_type": model_type}
@@ -64,14 +77,21 @@ def _peft(source: Checkpoint, out: Path, kind: None, base: str | None, model_typ
         raise ValueError(f"{source.path} is a whole model, not an adapter; export it with --to hf or --to gguf")
     if base is None:
         raise ValueError("--to peft needs --base: what peft shall load the adapter onto, a hub id or a folder of transformers")
-    save_peft(source.load_adapted(), out, base, model_type=model_type, overwrite=overwrite)
-    _say(f"wrote {out}: open it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+    model = _language_model(source.load_adapted())
+    save_peft(model, out, base, model_type=model_type, overwrite=overwrite)
+    if model.score is None:
+        _say(f"wrote {out}: open it with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+        return
+    for note in score_notes(model.state_dict(), model.cfg, source.tokenizer_dir):
+        _say(f"  {note}", "yellow")
+    _say(f"wrote {out}: open it with peft.PeftModel.from_pretrained(base, {str(out)!r}), base being an AutoModelForSequenceClassification with "
+         f"num_labels=1 and pad_token_id={padding(Tokenizer.load(source.tokenizer_dir))}")  # fmt: skip
 
 
 def _onnx(source: Checkpoint, out: Path, kind: None, base: str | None, model_type: str | None, overwrite: bool) -> None:
     if model_type is not None:
         raise ValueError(f"--model-type {model_type} is a family of transformers; an ONNX file holds the computation itself")
-    model = source.load_model(base)
+    model = _language_model(source.load_model(base))
     export_onnx(model, model.cfg, source.tokenizer_dir, out, overwrite)
     _say(f"wrote {out}: open {out / 'model.onnx'} with onnxruntime; tokens (batch, length) -> logits (batch, length, {model.cfg.vocab_size})")
 

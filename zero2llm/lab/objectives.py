@@ -77,20 +77,21 @@ def check_teacher(objective: ObjectiveConfig, teacher: TeacherConfig | None) -> 
         raise ValueError("teacher.cache: objective.alpha = 0 never asks the teacher; raise it, or take objective sft")
 
 
-def check_objective(objective: ObjectiveConfig, init: str | None, adapted: bool, prompts: bool) -> None:
-    """Raises ValueError if a recipe cannot be trained so. adapted, prompts : whether it has an adapter, eval.prompts."""
+def scores(objective: ObjectiveConfig) -> bool:
+    """Whether it trains a score head."""
+    return isinstance(objective, RewardConfig | PPOConfig)
+
+
+def check_objective(objective: ObjectiveConfig, init: str | None, prompts: bool) -> None:
+    """Raises ValueError if a recipe cannot be trained so. prompts : whether it has eval.prompts."""
     if isinstance(objective, Referred) and init is None:
         raise ValueError(f"objective {objective.kind} needs init: the checkpoint is also its reference")
     if isinstance(objective, OnlineConfig) and init is None:
         raise ValueError(f"objective {objective.kind} needs init: a checkpoint that already answers now and then as it should")
-    if isinstance(objective, PPOConfig) and adapted:
-        raise ValueError("objective ppo trains a score head, which an adapter's checkpoint does not hold: remove the key adapter, or take grpo")
     if not isinstance(objective, RewardConfig):
         return
     if init is None:
         raise ValueError("objective reward needs init: a checkpoint that knows its language, to which it adds a score head")
-    if adapted:
-        raise ValueError("objective reward trains a score head, which an adapter's checkpoint does not hold: remove the key adapter")
     if prompts:
         raise ValueError("eval.prompts: a reward model scores answers and writes none; remove the prompts")
 

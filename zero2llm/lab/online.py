@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from zero2llm.adapters.wrap import lr_multipliers
@@ -10,7 +9,7 @@ from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
 from zero2llm.lab.recipe import Recipe
 from zero2llm.lab.sets import Sets
-from zero2llm.model.heads import ScoreHead
+from zero2llm.model.heads import add_score
 from zero2llm.model.lm import LM
 from zero2llm.optim.build import OptimizerSet, build_optim
 from zero2llm.parallel.plan import World
@@ -19,10 +18,13 @@ from zero2llm.train.adapted import Undressed
 from zero2llm.train.fit import FitState, Hook, fit
 from zero2llm.train.loss import Objective
 from zero2llm.train.objectives.reference import Frozen, nothing
+from zero2llm.train.rl.answer import Answer
 from zero2llm.train.rl.methods import assemble
 from zero2llm.train.rl.online_dpo import OnlineDPOConfig
-from zero2llm.train.rl.rewards import Answer, Mixture
+from zero2llm.train.rl.rewards import Mixture
+from zero2llm.train.rl.rollout import converse
 from zero2llm.train.rl.source import Rollouts
+from zero2llm.train.rl.tools import Toolbox
 from zero2llm.train.rl.trpo import NoState, TRPOConfig, fit_trpo
 
 VALID_PROMPTS = 64  # answered at each validation where data.valid_rows says nothing
@@ -30,22 +32,25 @@ VALID_PROMPTS = 64  # answered at each validation where data.valid_rows says not
 
 def critic(model: LM, wanted: bool) -> None:
     """PPO's values come from a score head on the same trunk, which begins at 0."""
-    if wanted and model.score is None:
-        model.cfg = dataclasses.replace(model.cfg, score_head=True)
-        model.score = ScoreHead(model.cfg.d_model).to(model.embed.weight.device)
     if wanted:
+        add_score(model)
         model.score.requires_grad_(True)
 
 
 def online(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets) -> tuple[Objective, Sets]:
-    """The objective, and rollouts in place of the prompts. Call it before a checkpoint is restored: the reference is ``model``."""
+    """The objective, and rollouts in place of the prompts. Call it before a checkpoint is restored: the reference is ``model``.
+
+    Raises ValueError for a reward model or a chat template that cannot serve.
+    """
+    if recipe.rollout.tools:
+        Toolbox(tokenizer, recipe.rollout.tools)
     start = lambda: LM.clone(model) if recipe.adapter is None else Undressed(model)
     compared = None
     if isinstance(recipe.objective, OnlineDPOConfig):
         compared = nothing if recipe.objective.dpo.reference == "none" else Frozen(start())
     shape, objective = assemble(recipe.objective, recipe.rollout.temperature, tokenizer.vocab_size, compared)
     source = Rollouts(
-        model, tokenizer, sets.rows[0], Mixture.of(recipe.reward), shape, recipe.rollout, seed=recipe.seed, world=World.current(),
+        model, tokenizer, sets.rows[0], Mixture.of(recipe.reward, tokenizer, model.embed.weight.device), shape, recipe.rollout, seed=recipe.seed, world=World.current(),
         reference=start() if shape.reference else None, micro_rows=recipe.fit.micro_rows,
     )  # fmt: skip
     return objective, Sets(source, sets.valid, sets.rows)
@@ -57,12 +62,15 @@ def answered(model: LM, objective: Objective, sets: Sets, recipe: Recipe) -> dic
     n = min(len(sets.rows[1]), recipe.data.valid_rows or VALID_PROMPTS)
     asked = [sets.rows[1].prompt(g) for g in range(n)]
     engine = Engine(model, source.tokenizer, max_batch=recipe.rollout.max_batch)
-    sampling = Sampling(max_tokens=recipe.rollout.max_tokens, temperature=0, stop=recipe.rollout.stop)
-    done = engine.generate([ids for ids, _ in asked], sampling)
+    greedy = lambda row, turn, left: Sampling(max_tokens=left, temperature=0, stop=recipe.rollout.stop)
+    talks = converse(engine, [ids for ids, _ in asked], recipe.rollout, greedy)
     model.train(was)
-    answers = [Answer(c.text, c.finish, len(c.tokens), record) for c, (_, record) in zip(done, asked, strict=True)]
+    done = [talk.episode(record) for talk, (_, record) in zip(talks, asked, strict=True)]
+    answers = [Answer(e.text, e.finish, sum(e.trained), e.record, e.ids, e.calls) for e in done]
     values = [value for value in source.reward(answers) if value is not None]
-    reward = sum(values) / max(len(values), 1)
+    if not values:  # no reward is not a reward of 0, which might be the best there was
+        return {"failed": 1.0}
+    reward = sum(values) / len(values)
     return {"reward": reward, "loss": -reward, "failed": 1 - len(values) / n}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from zero2llm.core.device import pick_dtype
@@ -10,7 +9,7 @@ from zero2llm.core.log import console
 from zero2llm.data.judged_rows import JudgedRows
 from zero2llm.lab.recipe import Recipe
 from zero2llm.lab.sets import Sets
-from zero2llm.model.heads import ScoreHead
+from zero2llm.model.heads import add_score
 from zero2llm.model.lm import LM
 from zero2llm.parallel.plan import World
 from zero2llm.train.adapted import Undressed, weights_hash
@@ -24,11 +23,9 @@ HEALTHY = (1.0, 4 / 3)  # n_D lambda_D / (n_U lambda_U), by KTO's authors
 
 def score_only(model: LM, wanted: bool) -> None:
     """A reward model is trained through a score head, which begins at 0, and its vocabulary's head has nothing to learn;
-    any other objective leaves a score head alone."""
-    if wanted and model.score is None:
-        model.cfg = dataclasses.replace(model.cfg, score_head=True)
-        model.score = ScoreHead(model.cfg.d_model).to(model.embed.weight.device)
-    if model.score is not None:
+    any other objective leaves a score head alone, and then the model is no reward model any more."""
+    if wanted or model.score is not None:
+        add_score(model, "reward" if wanted else True)
         model.score.requires_grad_(wanted)
     if wanted and model.head is not None:
         model.head.requires_grad_(False)

@@ -106,7 +106,7 @@ class Recipe:
         if self.form != "documents" and (self.data.mixture or self.data.packing != "concat"):
             raise ValueError(f"data.mixture and data.packing are for documents; objective {self.objective.kind} reads whole samples")
         check_rollout(self.objective, self.rollout, self.reward, self.batch_tokens)
-        check_objective(self.objective, self.init, self.adapter is not None, bool(self.eval.prompts))
+        check_objective(self.objective, self.init, bool(self.eval.prompts))
         if self.model is not None and self.model.init.kind == "mup" and self.optim.kind == "muon":
             raise ValueError("init mup scales Adam's learning rates and says nothing about muon: take optim adamw")
         if self.model is not None and (self.model.mtp is None) != (self.objective_mtp is None):

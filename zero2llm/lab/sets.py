@@ -34,6 +34,7 @@ from zero2llm.parallel.plan import World
 from zero2llm.tokenizers.chat import Message, Style
 from zero2llm.tokenizers.starts import begin_with
 from zero2llm.tokenizers.tokenizer import Tokenizer
+from zero2llm.train.rl.tools import schemas
 
 
 @dataclass
@@ -176,7 +177,8 @@ def _key(recipe: Recipe, tokenizer: Tokenizer) -> str:
     data["mixture"] = [{key: part[key] for key in ("name", "train")} for part in data["mixture"]]
     length = None if kind == "clm" else recipe.seq_len  # what does not fit is cut or refused there
     template = [] if kind == "clm" else [tokenizer.template]  # no part of the tokenizer's fingerprint
-    return hashlib.sha256(json.dumps([data, kind, length, files, *template]).encode()).hexdigest()
+    asked = [recipe.rollout.max_tokens, recipe.rollout.tools] if recipe.form == "prompts" else []
+    return hashlib.sha256(json.dumps([data, kind, length, files, *template, *asked]).encode()).hexdigest()
 
 
 def _sides(recipe: Recipe, tokenizer: Tokenizer, bad: BadRecords) -> tuple[Iterable[Item], Iterable[Item]]:
@@ -209,7 +211,8 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, records: Iterable, bad: Bad
     names, thinking = recipe.data.template_names, recipe.data.train_thinking
     style = Style(names, thinking) if names or not thinking else None
     if recipe.form == "prompts":
-        yield from prompt_items(records, tokenizer, recipe.seq_len - recipe.rollout.max_tokens, bad, style)
+        room, tools = recipe.seq_len - recipe.rollout.max_tokens, schemas(recipe.rollout.tools) or None
+        yield from prompt_items(records, tokenizer, room, bad, style, tools=tools)
         return
     if recipe.form == "judged":
         yield from judged_items(records, tokenizer, recipe.seq_len, bad, style)

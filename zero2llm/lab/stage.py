@@ -16,13 +16,13 @@ from zero2llm.adapters.table import lines
 from zero2llm.adapters.wrap import unwrap
 from zero2llm.core.config import to_dict
 from zero2llm.core.device import pick_device
-from zero2llm.core.files import read_json, write_atomic
+from zero2llm.core.files import make_folder, read_json, write_atomic
 from zero2llm.core.log import console
 from zero2llm.core.seeds import seed_all
 from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
 from zero2llm.lab.distill import taught
-from zero2llm.lab.objectives import Referred, Taught
+from zero2llm.lab.objectives import Referred, Taught, scores
 from zero2llm.lab.online import answered, critic, make_optim, online, train
 from zero2llm.lab.preference import referred, score_only
 from zero2llm.lab.recipe import Recipe
@@ -59,6 +59,9 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     if run.is_dir() and any(run.iterdir()):
         if overwrite:
             shutil.rmtree(run)
+        elif (run / "recipe.json").is_file() and not (run / "metrics.jsonl").exists() and not (run / "checkpoints").exists():
+            for made in run.glob("tokenizer*"):  # of a start that failed before training: token files know what they were made from
+                shutil.rmtree(made)
         elif not resume:
             raise ValueError(f"{run} is not empty; pass --resume to continue that run or --overwrite to replace it")
         elif (run / "recipe.json").is_file():
@@ -69,7 +72,7 @@ def open_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
                         f"{run}: cannot resume, the recipe's {key!r} was {json.dumps(old.get(key))[:200]} and is now "
                         f"{json.dumps(resolved[key])[:200]}; restore it or pass --overwrite"
                     )
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     write_atomic(run / "recipe.json", json.dumps(resolved, indent=1, ensure_ascii=False))
     return run
 
@@ -120,8 +123,8 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     world.barrier()
     seed_all(recipe.seed)
     model, tokenizer, tokenizer_dir, parent = start_model(recipe, run)
-    sets = build_sets(recipe, tokenizer, run, world)
     adapter = start_adapter(recipe, model, parent, quiet or world.rank > 0)
+    sets = build_sets(recipe, tokenizer, run, world)
     model = model.to(device)
     optim = make_optim(recipe, model)
     objective, sets = _objective(recipe, model, tokenizer, sets, parent, run)
@@ -164,7 +167,7 @@ def start_adapter(recipe: Recipe, model: LM, parent: str | None, quiet: bool) ->
     base = Checkpoint.open(parent, resuming=False)
     if base.adapter() is not None:
         raise ValueError(f"{parent} is an adapter itself; merge it first: zero2llm merge {recipe.init} --out FOLDER")
-    run = AdapterRun(config=recipe.adapter, base=str(base.path.resolve()), base_weights=weights_hash(base.manifest), quantize=recipe.quantize)
+    run = AdapterRun(config=recipe.adapter, base=str(base.path.resolve()), base_weights=weights_hash(base.manifest), quantize=recipe.quantize, score=scores(recipe.objective))
     dress(model, run)
     if not quiet:
         console().print(Markdown("\n".join(lines(model))))

@@ -13,13 +13,12 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from zero2llm.adapters.wrap import load_adapter_state, unwrap
+from zero2llm.adapters.wrap import unwrap
 from zero2llm.core.files import load_tensors
 from zero2llm.core.log import console
 from zero2llm.interop.checks import (
@@ -33,6 +32,7 @@ from zero2llm.interop.checks import (
     check_weights,
     greedy_of,
     guarded,
+    opened,
     read_back,
     told_loss,
 )  # fmt: skip
@@ -45,15 +45,16 @@ from zero2llm.interop.onnx import OnnxRuntime
 from zero2llm.interop.peft.read import load_peft
 from zero2llm.interop.questions import CHATS, ODD, PROMPTS, TEXTS
 from zero2llm.interop.read_hf import read_hf
+from zero2llm.interop.score import as_language_model
 from zero2llm.interop.verify import Transformers, base_of
 from zero2llm.interop.verify_gguf import BLOCKS, LlamaCpp, check_rounding, in_full, kind_of
 from zero2llm.lab.talk import find_checkpoint
+from zero2llm.lab.verify_reward import reward_checks
 from zero2llm.model.lm import LM
 from zero2llm.tokenizers.tokenizer import Tokenizer
-from zero2llm.train.adapted import NAME, AdapterRun, dress
+from zero2llm.train.adapted import AdapterRun, dress, load_learned
 from zero2llm.train.checkpoint import Checkpoint, generation_of
 
-R = TypeVar("R")
 LONGEST = 256  # tokens of a text whose logits are compared
 KINDS = {torch.bfloat16: "BF16", torch.float16: "F16"}  # of a folder with several, the coarsest counts
 NEEDS = {"hf": ["transformers"], "peft": ["transformers", "peft"], "gguf": ["xllamacpp"], "onnx": ["transformers", "onnxruntime"]}
@@ -95,11 +96,14 @@ def verify_export(export: Path, checkpoint: Path, prompts: list[str] | None = No
     export, source = Path(export), find_checkpoint(checkpoint)
     kind = kind_of_export(export)
     model = source.load_model(None if kind == "peft" else base)
+    scoring = model.cfg.score_head == "reward"
+    if not scoring:
+        as_language_model(model)  # a critic stays behind
     asked = Asked.of(model, Tokenizer.load(source.tokenizer_dir), prompts or [], tokens)
     table = Table(title=Text(f"{export} against {source.path}"), title_justify="left")
     for column in ("check", "measured", "limit", ""):
         table.add_column(column, overflow="fold")
-    rows = list(CHECKS[kind](export, asked, source, base))
+    rows = list(reward_checks(export, kind, model, asked.tokenizer, asked.rows) if scoring else CHECKS[kind](export, asked, source, base))
     for row in rows:
         table.add_row(*map(Text, (row.name, row.measured, row.limit)), Text("ok", "green") if row.passed else Text("FAIL", "bold red"))
     console().print(table)
@@ -127,14 +131,6 @@ def kind_of_export(export: Path) -> str:
     if kind in ("hf", "onnx") and (missing := [name for name in FILES if not (export / name).is_file()]):
         raise ValueError(f"{export}: lacks {' and '.join(missing)}; the export, or its download, has not ended")
     return kind
-
-
-def opened(export: Path, reader: Callable[[], R]) -> R:
-    """Each program has its own kinds of errors; all of them mean that the export is no use."""
-    try:
-        return reader()
-    except Exception as error:
-        raise ValueError(f"{export}: cannot be opened ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
 
 
 def _hf(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> Iterator[Check]:
@@ -172,7 +168,8 @@ def _peft(export: Path, asked: Asked, source: Checkpoint, base: Path | None) -> 
 def _in_full(source: Checkpoint, run: AdapterRun) -> LM:
     """The adapter on the base as it was before it was packed: what peft loads it onto."""
     model = dress(Checkpoint.open(run.base, resuming=False).load_model(), replace(run, quantize=None))
-    load_adapter_state(model, load_tensors(source.path / "model"), NAME)
+    load_learned(model, run, load_tensors(source.path / "model"))
+    as_language_model(model)
     return unwrap(model).eval()
 
 

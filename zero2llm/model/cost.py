@@ -33,7 +33,7 @@ def parameters(cfg: ModelConfig) -> dict:
         "norm": sum(norm.params * n for _, _, norm, n in layers),
         "head": 0 if cfg.tie_embeddings else vocab,
         "mtp": _ahead(cfg)[0],
-        "score": (d + 1) * cfg.score_head,
+        "score": (d + 1) * bool(cfg.score_head),
     }
     parts["norm"] += sum(norm.cost(d).params for norm in (cfg.embed_norm, cfg.final_norm) if norm)
     total, embedding = sum(parts.values()), parts["embed"] + parts["position"] + parts["head"]

@@ -16,7 +16,9 @@ Shapes: score (B, T, D) -> (B, T); MTP (B, T, D) -> depth times (B, T, D).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,13 @@ class ScoreHead(nn.Module):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with full_precision(hidden):
             return hidden.to(wide) @ self.weight.to(wide) + self.bias.to(wide)
+
+
+def add_score(model: nn.Module, purpose: Literal["reward"] | bool = True) -> None:
+    """A score head on an LM: a new one begins at 0, one that is there keeps its weights. ``purpose`` goes into model.cfg."""
+    if model.score is None:
+        model.score = ScoreHead(model.cfg.d_model).to(model.embed.weight.device)
+    model.cfg = dataclasses.replace(model.cfg, score_head=purpose)
 
 
 def text_ends(seq: Seq) -> Tensor:

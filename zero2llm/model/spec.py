@@ -58,7 +58,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits z become c tanh(z / c): Gemma 2
     init: InitConfig = GPT2InitConfig()
     mtp: MTPConfig | None = None
-    score_head: bool = False  # one number per token: reward and value models
+    score_head: bool | Literal["reward"] = False  # one number per token. reward: what the model is for; true: a critic, left from training
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "max_len"):

@@ -5,9 +5,9 @@
 
 Source: the idea of Liger (arXiv 2410.10989): the gradient of the chunk's logits, softmax - onehot, is known as soon
 as the chunk is, so `cross_entropy_sum` makes both gradients in the forward pass and keeps only those. `token_logps`
-gives one value per token (preference and RL objectives weigh them later) and recomputes chunks in the backward pass.
-Memory: chunk * V floats instead of tokens * V. FLOPs: the same three products as the direct form (four for
-`token_logps`).
+gives one value per token (preference and RL objectives weigh them later) and, where there are many, recomputes chunks in the
+backward pass. Memory: chunk * V floats instead of tokens * V. FLOPs: the same three products as the direct form (four for
+`token_logps` where it recomputes), over the positions that have a label.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from zero2llm.core.batch import IGNORE
 from zero2llm.ops.marks import autocast_dtype
 
 CHUNK = 1024  # tokens; at V = 4,096 a chunk's fp32 logits are 16 MB
+KEPT = 2**24  # logits that `token_logps` keeps for the backward pass, 64 MiB, in place of working them out again
 SPARSE = 0.9  # share of positions with a label below which the others are left out of the product
 
 
@@ -92,11 +93,16 @@ def token_logps(
     temperature : of p = softmax(z / temperature).
     """
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    parts = [
-        checkpoint(_chunk_logps, h, weight, t, softcap, temperature, use_reentrant=False)
-        for h, t in zip(flat.split(chunk), y.split(chunk), strict=True)
-    ]
-    return torch.cat(parts).reshape(labels.shape)
+    keep = y != IGNORE
+    some = not (y.is_meta or torch.compiler.is_compiling()) and keep.sum() < SPARSE * len(y)  # prompts and padding have no label
+    if some:
+        flat, y = flat[keep], y[keep]
+    if len(y) * len(weight) <= KEPT:
+        found = _chunk_logps(flat, weight, y, softcap, temperature)
+    else:
+        pieces = zip(flat.split(chunk), y.split(chunk), strict=True)
+        found = torch.cat([checkpoint(_chunk_logps, h, weight, t, softcap, temperature, use_reentrant=False) for h, t in pieces])
+    return (found.new_zeros(keep.shape).masked_scatter(keep, found) if some else found).reshape(labels.shape)
 
 
 def _chunk_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, temperature: float) -> Tensor:

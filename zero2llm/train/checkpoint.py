@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zero2llm.adapters.wrap import adapter_state, load_adapter_state, unwrap
+from zero2llm.adapters.wrap import unwrap
 from zero2llm.core.config import parse, to_dict
 from zero2llm.core.device import Undrawn
 from zero2llm.core.files import hashes, load_tensors, new_folder, read_json, save_tensors, sha256
@@ -30,7 +30,7 @@ from zero2llm.core.seeds import restore_rng, rng_state
 from zero2llm.model.lm import LM
 from zero2llm.model.spec import ModelConfig
 from zero2llm.optim.build import OptimizerSet
-from zero2llm.train.adapted import NAME, AdapterRun, dress, weights_hash
+from zero2llm.train.adapted import AdapterRun, dress, learned, load_learned, weights_hash
 from zero2llm.train.fit import FitState
 
 FORMAT = 1
@@ -119,13 +119,14 @@ class Checkpoint:
         if weights_hash(found.manifest) != run.base_weights:
             raise ValueError(f"{self.path} is an adapter of other weights than those of {found.path}; say where its base lies (--base)")
         model = dress(found.load_model(), run)
-        load_adapter_state(model, load_tensors(self.path / "model"), NAME)
+        load_learned(model, run, load_tensors(self.path / "model"))
+        model.cfg = self.model_config()  # with the score head that the base may lack
         return model.eval()
 
     def restore(self, model: nn.Module, optim: OptimizerSet, batches) -> FitState:
         """Put everything back where it was; the next step is the one that would have followed."""
-        if self.adapter() is not None:
-            load_adapter_state(model, load_tensors(self.path / "model"), NAME)
+        if (run := self.adapter()) is not None:
+            load_learned(model, run, load_tensors(self.path / "model"))
         else:
             load_weights(model, load_tensors(self.path / "model"), str(self.path))
         optim.load_state_tensors(load_tensors(self.path / "train", "optim"))
@@ -164,13 +165,13 @@ def save_checkpoint(
     adapter: AdapterRun | None = None,
     generation: dict | None = None,
 ) -> Path:
-    """Write ``run/checkpoints/step-N``; of an adapter its own tensors alone. Raises ValueError if the disk is full; earlier checkpoints stay.
+    """Write ``run/checkpoints/step-N``; of an adapter what it learned alone. Raises ValueError if the disk is full; earlier checkpoints stay.
 
     generation : what `generation_of` read from the parent.
     """
     final = run / "checkpoints" / f"step-{state.step:08d}"
     with new_folder(final, overwrite=True) as part:
-        save_tensors(adapter_state(model, NAME) if adapter else model.state_dict(), part / "model")
+        save_tensors(learned(model, adapter) if adapter else model.state_dict(), part / "model")
         about = {"format": FORMAT, "model": to_dict(model.cfg)} | ({"adapter": to_dict(adapter)} if adapter else {})
         (part / "config.json").write_text(json.dumps(about, indent=1), "utf-8")
         shutil.copytree(tokenizer_dir, part / "tokenizer")
@@ -231,7 +232,9 @@ def best(run: Path, metric: str = "valid_loss") -> Path | None:
 
 
 def prune(run: Path, keep: int, protect: Iterable[Path | None] = ()) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those in ``protect``."""
+    """Delete all but the newest ``keep`` checkpoints and those in ``protect``, and what a save that was killed has left."""
+    for part in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(part, ignore_errors=True)
     for path in candidates(run)[:-keep]:
         if path not in protect:
             shutil.rmtree(path)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zero2llm.core.batch import Batch
+from zero2llm.core.seq import Aux
 
 
 @dataclass
@@ -23,3 +26,17 @@ class Loss:
 
 
 Objective = Callable[[nn.Module, Batch], Loss]
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Aux]:
+    """(B, T, D) hidden states, 0 in columns that are padding in every row, and what layers report.
+
+    Those columns are not computed: rows are padded to the longest of a step or of a rollout, and a micro-batch rarely holds it.
+    """
+    seg, width = batch.seq.seg, batch.tokens.shape[1]
+    if seg is None or torch.compiler.is_compiling():  # compiled: shapes that do not depend on the data
+        return model(batch.tokens, batch.seq)
+    real = (seg != 0).any(0) * torch.arange(1, width + 1, device=seg.device)
+    end = max(int(real.max()), 1)
+    hidden, aux = model(batch.tokens[:, :end], batch.seq.window(0, end))
+    return F.pad(hidden, (0, 0, 0, width - end)), aux

@@ -129,7 +129,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
 
 
 def _cut(path: Path, step: int) -> None:
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    kept = [record for record in read_metrics(path) if step and record["step"] <= step]  # from 0 on all is made again
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
     os.replace(part, path)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+from zero2llm.evals.tasks.calculate import CALCULATED
 from zero2llm.evals.tasks.families import EXACT
 from zero2llm.evals.tasks.items import LANGS, SPLITS, Item, split_of
 from zero2llm.evals.tasks.manners import MANNERS
 
-FAMILIES = EXACT | MANNERS
+FAMILIES = EXACT | MANNERS | CALCULATED
 EASY = ("recall", "pick", "translate", "sort", "last")  # what a tiny model learns in two minutes
 PATIENCE = 2000  # draws in a row that bring nothing new before a family counts as used up
 

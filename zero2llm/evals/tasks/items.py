@@ -17,7 +17,8 @@ Key = int | str | tuple["Key", ...]  # content without wording or language
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``answer`` is the only right reply, ``wrong`` a plausible mistake, ``key`` the content as text.
+    """One question. ``answer`` is the only right reply, ``wrong`` a plausible mistake, ``key`` the content as text. ``expression`` :
+    what to ask a calculator, in families that are meant for one.
 
     Two items with equal (family, key) are the same question in other words, or in the other language.
     """
@@ -28,6 +29,7 @@ class Item:
     answer: str
     wrong: str = ""
     key: str = ""
+    expression: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Draft:
     prompt: str
     answer: str
     wrong: str
+    expression: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Family:
     def item(self, rng: Random, lang: str) -> Item:
         draft = self.write(rng, lang)
         key = json.dumps(draft.key, ensure_ascii=False, separators=(",", ":"))
-        return Item(self.name, lang, draft.prompt, draft.answer, draft.wrong, key)
+        return Item(self.name, lang, draft.prompt, draft.answer, draft.wrong, key, draft.expression)
 
 
 def split_of(family: str, key: str) -> str:

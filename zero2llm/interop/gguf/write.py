@@ -56,6 +56,8 @@ def plan_gguf(state: Mapping[str, Tensor], cfg: ModelConfig, tokenizer_dir: Path
     """
     if kind not in FILE_TYPES:
         raise ValueError(f"kind = {kind!r}: a GGUF file is written as {', '.join(FILE_TYPES)}")
+    if cfg.score_head == "reward":
+        raise ValueError("no GGUF export of a reward model: a file here holds a language model; write it for transformers (hf)")
     page = family(cfg, model_type)
     rules = page.rules(cfg)
     check_names([name for rule in rules for name in rule.ours], state, "model state")

@@ -9,7 +9,7 @@ where each row goes; B and a magnitude take the same road, A stays as it is:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from zero2llm.adapters.targets import projections
 from zero2llm.interop.hf_config import FAMILIES, family
 from zero2llm.interop.hf_names import Rule
 from zero2llm.model.lm import LM
+from zero2llm.model.spec import ModelConfig
 
 END = ".weight"
 
@@ -43,8 +44,14 @@ class Place:
         return [part.contiguous() for part in ours.split(self.sizes)]
 
 
+def plain(cfg: ModelConfig) -> ModelConfig:
+    """A score head is no projection."""
+    return replace(cfg, score_head=False)
+
+
 def rules(model: LM, model_type: str | None) -> list[Rule]:
-    return family(model.cfg, model_type).rules(model.cfg)
+    cfg = plain(model.cfg)
+    return family(cfg, model_type).rules(cfg)
 
 
 def places(model: LM, model_type: str | None = None) -> dict[str, Place]:
@@ -68,4 +75,4 @@ def places(model: LM, model_type: str | None = None) -> dict[str, Place]:
 
 def same_function(model: LM) -> list[str]:
     """Every model_type that computes what the model does: Phi-3 without LongRoPE is Mistral, under other names."""
-    return [name for name, page in FAMILIES.items() if not page.faults(model.cfg)[1]]
+    return [name for name, page in FAMILIES.items() if not page.faults(plain(model.cfg))[1]]

@@ -1,7 +1,8 @@
 """A folder that peft wrote, as an adapter of ours; what it asks for and we cannot do is refused by name.
 
 AdaLoRA's folder becomes a LoRA with the singular values in A (its allocation is over). PiSSA's is read where peft itself
-can make its residual again, from an exact SVD of the base. A matrix that is several of ours gives each the whole A.
+can make its residual again, from an exact SVD of the base. A matrix that is several of ours gives each the whole A. A head of one
+label that was saved whole (modules_to_save, as peft does for classifiers) makes the model a reward model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from zero2llm.core.files import read_json
 from zero2llm.core.lazy import open_safetensors
 from zero2llm.interop.peft.places import Place, places, same_function
 from zero2llm.interop.peft.write import PREFIX
+from zero2llm.interop.score import HEAD
+from zero2llm.model.heads import add_score
 from zero2llm.model.lm import LM
 
 ENDINGS = {"lora_A": "a", "lora_B": "b", "lora_E": "e", "lora_magnitude_vector": "m"}
@@ -32,9 +35,10 @@ READ = {  # keys that we act on, and those that only say where the adapter came 
     "init_lora_weights", "bias", "init_r", "layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out",
     "task_type", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping", "megatron_core",
     "qalora_group_size", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-    "eva_config", "runtime_config",
+    "eva_config", "runtime_config", "modules_to_save",
 }  # fmt: skip
 EMPTY = (None, False, {}, [], "", 0)
+HEADS = {"score", "classifier"}  # what peft saves whole of a classifier: whichever of these there is
 
 
 @torch.no_grad()
@@ -46,7 +50,9 @@ def load_peft(model: LM, folder: Path, name: str = "default", model_type: str | 
     """
     folder = Path(folder)
     data = _read_config(folder)
-    modules = _read_tensors(folder)
+    modules, head = _read_tensors(folder)
+    if head is not None and head.shape != (1, model.cfg.d_model):
+        raise ValueError(f"{folder}: {HEAD} is {tuple(head.shape)}; a reward model's head is (1, {model.cfg.d_model}): one label")
     where = _places(model, modules, model_type)
     if faults := _faults(modules, where, data):
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
@@ -62,6 +68,10 @@ def load_peft(model: LM, folder: Path, name: str = "default", model_type: str | 
     for path, (_, tensors) in parts.items():
         for key, value in tensors.items():
             found[path].adapters[name].get_parameter(key).copy_(value)
+    if head is not None:
+        add_score(model, "reward")
+        model.score.weight.copy_(head[0])
+        model.score.bias.zero_()
     return [path for path in found if path in parts]
 
 
@@ -75,6 +85,8 @@ def _read_config(folder: Path) -> dict:
         raise ValueError(f"{folder}/adapter_config.json: {listed}: not supported")
     if data.get("bias", "none") != "none":
         raise ValueError(f"{folder}/adapter_config.json: bias = {data['bias']!r}: biases that learn are not supported")
+    if beyond := sorted(set(data.get("modules_to_save") or ()) - HEADS):
+        raise ValueError(f"{folder}/adapter_config.json: modules_to_save = {beyond}: not supported, but for the score head of a classifier")
     start = data.get("init_lora_weights", True)
     if start not in STARTS or (start == "pissa" and data.get("use_dora")):
         raise ValueError(
@@ -87,22 +99,24 @@ def _read_config(folder: Path) -> dict:
     return data
 
 
-def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Their module -> a, b and perhaps e and m."""
+def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
+    """Their module -> a, b and perhaps e and m; and the head that was saved whole, if there is one."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder}/adapter_model.bin: a pickle can run code and is not read; save the adapter as safetensors with peft"
         )
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in open_safetensors(file).items():
+    tensors = open_safetensors(file)
+    head = tensors.pop(PREFIX + HEAD, None)
+    for key, tensor in tensors.items():
         module, _, ending = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not key.startswith(PREFIX) or ending not in ENDINGS:
-            raise ValueError(f"{file}: {key} belongs to no LoRA (embeddings and modules_to_save are not supported)")
+            raise ValueError(f"{file}: {key} belongs to no LoRA (embeddings and modules_to_save are not supported, but for score.weight)")
         modules.setdefault(module, {})[ENDINGS[ending]] = tensor.load()
     if not modules:
         raise ValueError(f"{file}: holds no tensors")
-    return modules
+    return modules, None if head is None else head.load()
 
 
 def _places(model: LM, modules: dict, model_type: str | None) -> dict[str, Place]:

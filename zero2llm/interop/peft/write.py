@@ -31,7 +31,9 @@ from zero2llm.adapters.projection import dense
 from zero2llm.adapters.targets import stacked
 from zero2llm.adapters.wrap import names
 from zero2llm.core.files import new_folder, read_json, save_tensors
+from zero2llm.interop.hf_config import page_of
 from zero2llm.interop.peft.places import END, Place, places, rules
+from zero2llm.interop.score import HEAD, class_of, head_rule
 from zero2llm.model.lm import LM
 
 PREFIX = "base_model.model."
@@ -67,7 +69,8 @@ def save_peft(model: LM, folder: Path, base: str, name: str = "default", model_t
     model_type = model_type or _model_type(base)
     pieces, where = _pieces(model, name, model_type), places(model, model_type)
     cfg = next(m.adapters[name].cfg for m in adapted_modules(model).values() if name in m.adapters)
-    data = _config(pieces, cfg, base) | {
+    scoring = model.cfg.score_head == "reward"
+    data = _config(pieces, cfg, base) | (_scoring(model, model_type) if scoring else {}) | {
         "target_modules": _targets(list(pieces), model, model_type),
         "fan_in_fan_out": any(where[module].transposed for module in pieces),
     }
@@ -76,10 +79,19 @@ def save_peft(model: LM, folder: Path, base: str, name: str = "default", model_t
         tensors |= {f"{PREFIX}{module}.lora_A.weight": piece.a, f"{PREFIX}{module}.lora_B.weight": piece.b}
         if piece.m is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = piece.m
+    if scoring:
+        tensors[PREFIX + HEAD] = head_rule().pack([model.score.weight.detach()])[0]
     with new_folder(Path(folder), overwrite) as part:
         save_tensors({key: value.contiguous() for key, value in tensors.items()}, part, "adapter_model")
         (part / "adapter_config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def _scoring(model: LM, model_type: str | None) -> dict:
+    """The head goes along whole. Raises ValueError where transformers has no class to put it in."""
+    page = page_of(model.cfg, model_type)
+    class_of(page.model_type, page.architecture)
+    return {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
 
 
 def _model_type(base: str) -> str | None:
@@ -89,7 +101,8 @@ def _model_type(base: str) -> str | None:
 
 def _pieces(model: LM, name: str, model_type: str | None) -> dict[str, Piece]:
     mine = {path: m for path, m in adapted_modules(model).items() if name in m.adapters}
-    learning = {key: p for key, p in model.named_parameters() if p.requires_grad and ".adapters." not in key}
+    goes_along = "score." if model.cfg.score_head == "reward" else ".adapters."
+    learning = {key: p for key, p in model.named_parameters() if p.requires_grad and ".adapters." not in key and not key.startswith(goes_along)}
     if learning:
         raise ValueError(
             f"{', '.join(list(learning)[:5])} also learn and would be lost: an adapter's file holds the adapter alone; "

@@ -5,7 +5,8 @@
 
 Why: the sum is the probability that the equations name; the mean takes away what length alone does to it. Taking one for the
 other is the classic error, so each objective says which it takes.
-Cost: the vocabulary's product is made for labelled positions alone; prompts and padding pay for the layers only.
+Cost: the vocabulary's product is made for labelled positions alone; prompts and the padding inside a micro-batch pay for
+the layers only, padding behind its longest row for nothing.
 Shapes: rows come as chosen 0, rejected 0, chosen 1, rejected 1 ... (batch.group = 2), labels only on completions.
 """
 
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from zero2llm.core.batch import IGNORE, Batch
 from zero2llm.core.seq import Aux
 from zero2llm.ops.xent import token_logps
-from zero2llm.train.loss import Loss
+from zero2llm.train.loss import Loss, hidden_states
 
 
 def row_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Aux]:
     """(B,) sums of log p over each row's labelled tokens in nats, (B,) how many those are, and what layers report."""
-    hidden, aux = model(batch.tokens, batch.seq)
+    hidden, aux = hidden_states(model, batch)
     keep = batch.labels != IGNORE
     if torch.compiler.is_compiling():  # shapes that do not depend on the data
         logps = token_logps(hidden, model.head_weight, batch.labels, model.logit_softcap)

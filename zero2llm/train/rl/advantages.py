@@ -23,7 +23,15 @@ EPS = 1e-4
 def _groups(rewards: Tensor, ok: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards and ok as (prompts, samples), and each prompt's mean (prompts, 1)."""
     r, keep = rewards.view(-1, samples), ok.view(-1, samples).to(rewards.dtype)
-    return r, keep, (r * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
+    return r, keep, mean_over(r, keep, 1)
+
+
+def mean_over(x: Tensor, keep: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The mean where ``keep``, dimensions kept; 0 of nothing. Of equal numbers it is exactly that number: where every answer got the
+    same, nothing may be left that an optimizer without memory of size (Adam) would take for a direction."""
+    n = keep.sum(dim, keepdim=True).clamp(min=1)
+    about = (x * keep).sum(dim, keepdim=True) / n
+    return about + ((x - about) * keep).sum(dim, keepdim=True) / n
 
 
 def centred(rewards: Tensor, ok: Tensor, samples: int) -> Tensor:
@@ -71,7 +79,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 def whitened(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / std over all masked tokens of the rollout, which is that of all ranks; the unbiased variance."""
     n = mask.sum()
-    mean = (x * mask).sum() / n.clamp(min=1)
+    mean = mean_over(x, mask, (0, 1))
     variance = ((x - mean).square() * mask).sum() / (n - 1).clamp(min=1)
     return (x - mean) * (variance + 1e-8).rsqrt() * mask
 

@@ -3,7 +3,7 @@
     l'_it = clip(log r_it, -low, high), where that makes the gain smaller
     L     = - (1/B) sum_i A_i exp((1/T_i) sum_t l'_it)                                               (+ weight * KL)
 
-Source: 2507.20673 eq. 4 and its appendix: low = high = 0.4, in logs, per token; one-sided by the sign of A as PPO's min is.
+Source: 2507.20673 eq. 4 and algorithm 1 (in logs, per token; one-sided by the sign of A as PPO's min is), section 4: low = high = 0.4.
 Why: an arithmetic mean of ratios is moved by its largest; the geometric one is at most that, and allows a wider clip.
 Cost: as GRPO. Without the clip it is GSPO without one.
 """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zero2llm.core.batch import IGNORE, Batch
 from zero2llm.ops.xent import token_logps
 from zero2llm.parallel.plan import World
-from zero2llm.train.loss import Loss, Objective
+from zero2llm.train.loss import Loss, Objective, hidden_states
 from zero2llm.train.rl.kl import KLConfig, RewardKL, k3, penalty
 from zero2llm.train.rl.ratios import LARGE
 
@@ -37,6 +37,9 @@ MEANING = {  # of the metrics, for the reader of a log
     "truncated": "share of answers cut at max_tokens",
     "failed": "share of answers whose reward could not be computed: they teach nothing",
     "length": "tokens that the policy wrote in an answer",
+    "turns": "answers of the policy in a conversation, tools' replies between them",
+    "tool_calls": "tool calls of an answer that were answered; those of its last turn are not",
+    "tool_errors": "of those, calls that got an error: no JSON, an unknown tool, other arguments, an expression with a fault",
     "resampled": "rounds of further prompts that a rollout needed",
     "bound_low": "BAPO: lower clip bound of this step",
     "bound_high": "BAPO: upper clip bound of this step",
@@ -121,7 +124,7 @@ class PolicyLoss:
         self.method, self.temperature, self.vocab = method, temperature, vocab
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        hidden, aux = model(batch.tokens, batch.seq)
+        hidden, aux = hidden_states(model, batch)
         logp = policy_logps(model, hidden, batch.labels, self.temperature, self.vocab)
         mask, extra, critic = batch.labels != IGNORE, batch.extra, self.method.also.critic
         made = self.method.surrogate(logp, extra["old"], extra["adv"], mask, extra)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zero2llm.core.config import config
+from zero2llm.train.rl.advantages import mean_over
 from zero2llm.train.rl.aggregate import constant
 from zero2llm.train.rl.kl import RewardKLConfig
 from zero2llm.train.rl.policy import Also, Played, Surrogate
@@ -47,7 +48,7 @@ class REINFORCE:
         reward = played.reward
         if self.also.reward_kl is not None:
             reward = reward + self.also.reward_kl(played.old, played.ref, played.mask).sum(1)
-        baseline = (reward * played.ok).sum() / played.ok.sum().clamp(min=1) if self.baseline == "mean" else 0
+        baseline = mean_over(reward, played.ok, 0) if self.baseline == "mean" else 0
         return ((reward - baseline) * played.ok)[:, None]
 
     def surrogate(self, logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, extra: Mapping[str, Tensor]) -> Surrogate:

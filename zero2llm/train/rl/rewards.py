@@ -2,8 +2,9 @@
 
     R = sum_k weight_k * reward_k(text, record)
 
-Rules need no model and cannot be flattered, but only say what they were told to look at. A rule that raises, or gives what is
-no number, leaves its answer out of the step (metric `failed`): a score of 0 would teach the model something.
+Rules of a few lines stand here; `code` (code_reward.py) runs the answer, `model` (model_reward.py) asks a reward model. Rules that need
+no model cannot be flattered, but only say what they were told to look at. A rule that raises, or gives what is no number, leaves its
+answer, and no other, out of the step (metric `failed`): a score of 0 would teach the model something.
 Source: verifiable rewards as in DeepSeek-R1 2501.12948 section 2.2.2 (accuracy and format).
 """
 
@@ -11,26 +12,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
 
 from zero2llm.core.config import by_kind, config
+from zero2llm.tokenizers.tokenizer import Tokenizer
+from zero2llm.train.rl.answer import Answer, Rule, Together, right_answers
+from zero2llm.train.rl.code_reward import CodeConfig
+from zero2llm.train.rl.model_reward import ModelRewardConfig
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """text : of the last turn, without its end token.  finish : stop or length.  tokens : that the policy wrote in all turns."""
-
-    text: str
-    finish: str
-    tokens: int
-    record: Mapping[str, Any]
-
-
-Rule = Callable[[Answer], float]
 
 
 @config
@@ -97,38 +90,60 @@ class OverlongConfig:
         return lambda answer: -min(max(answer.tokens - (self.limit - self.buffer), 0) / self.buffer, 1.0)
 
 
-RuleConfig = Annotated[ExactConfig | NumericConfig | RegexConfig | OverlongConfig, by_kind]
+@config
+class ToolConfig:
+    """The share of an answer's tool calls that could be run without an error; 0 without a call. ``used``: and 0 unless the last
+    call's result stands in the last turn. Calls in a turn that no reply followed do not count."""
+
+    kind: Literal["tool"] = "tool"
+    weight: float = 1.0
+    used: bool = False
+
+    def build(self) -> Rule:
+        def rule(answer: Answer) -> float:
+            if not answer.calls or (self.used and answer.calls[-1].result not in answer.text):
+                return 0.0
+            return sum(not call.failed for call in answer.calls) / len(answer.calls)
+
+        return rule
 
 
-def right_answers(record: Mapping[str, Any]) -> list[str]:
-    """Raises ValueError if the prompt came without one."""
-    found = [record["answer"]] if "answer" in record else list(record.get("gt", ()))
-    if not found:
-        raise ValueError("the prompt's record has neither answer nor gt")
-    return [str(one) for one in found]
+RuleConfig = Annotated[ExactConfig | NumericConfig | RegexConfig | OverlongConfig | ToolConfig | CodeConfig | ModelRewardConfig, by_kind]
 
 
 class Mixture:
     """``rules`` with their weights. Calling it gives one reward an answer, None where a rule failed."""
 
-    def __init__(self, rules: Sequence[tuple[float, Rule]]):
+    def __init__(self, rules: Sequence[tuple[float, Rule | Together]]):
         self.rules = rules
         self.first_failure: str | None = None
 
     @staticmethod
-    def of(rules: Sequence[RuleConfig]) -> Mixture:
-        return Mixture([(rule.weight, rule.build()) for rule in rules])
+    def of(rules: Sequence[RuleConfig], tokenizer: Tokenizer, device: torch.device | str = "cpu") -> Mixture:
+        """tokenizer : the policy's; a reward model must share it. Raises ValueError for a reward model that cannot serve."""
+        build = lambda rule: rule.build(tokenizer, device) if isinstance(rule, ModelRewardConfig) else rule.build()
+        return Mixture([(rule.weight, build(rule)) for rule in rules])
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
-        return [self._one(answer) for answer in answers]
+        columns = [(weight, scores(rule, answers)) for weight, rule in self.rules]
+        return [self._sum([(weight, column[i]) for weight, column in columns]) for i in range(len(answers))]
 
-    def _one(self, answer: Answer) -> float | None:
-        try:
-            value = sum(weight * float(rule(answer)) for weight, rule in self.rules)
-        except Exception as error:  # a rule is anybody's code
-            self.first_failure = self.first_failure or f"{type(error).__name__}: {error}"
-            return None
-        if not math.isfinite(value):
-            self.first_failure = self.first_failure or f"a reward of {value}"
-            return None
-        return value
+    def _sum(self, parts: Sequence[tuple[float, float | str]]) -> float | None:
+        failed = next((value for _, value in parts if isinstance(value, str)), None)
+        value = 0.0 if failed else sum(weight * part for weight, part in parts)
+        if not failed and math.isfinite(value):
+            return value
+        self.first_failure = self.first_failure or failed or f"a reward of {value}"
+        return None
+
+
+def scores(rule: Rule | Together, answers: Sequence[Answer]) -> Sequence[float | str]:
+    """One value each; a text says why there is none."""
+    return rule.score(answers) if isinstance(rule, Together) else [_one(rule, answer) for answer in answers]
+
+
+def _one(rule: Rule, answer: Answer) -> float | str:
+    try:
+        return float(rule(answer))
+    except Exception as error:  # a rule is anybody's code
+        return f"{type(error).__name__}: {error}"

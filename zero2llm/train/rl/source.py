@@ -12,7 +12,7 @@ sampling it samples again, from the same weights and seeds.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,9 +24,11 @@ from zero2llm.core.log import log_once
 from zero2llm.data.prompts import PromptRows
 from zero2llm.parallel.plan import World
 from zero2llm.tokenizers.tokenizer import Tokenizer
+from zero2llm.train.loss import hidden_states
+from zero2llm.train.rl.answer import Answer
 from zero2llm.train.rl.gather import gathered, joined, packed, unpacked
 from zero2llm.train.rl.policy import NOTE, Played, policy_logps
-from zero2llm.train.rl.rewards import Answer, Mixture
+from zero2llm.train.rl.rewards import Mixture
 from zero2llm.train.rl.rollout import Episode, RolloutConfig, play, rows_of, seed_of
 
 
@@ -106,7 +108,7 @@ class Rollouts:
         return gathered(self.scored(play(self.model, self.tokenizer, asked, self.cfg, self.seed, self.number)), self.world)
 
     def scored(self, episodes: list[Episode]) -> Batch:
-        answers = [Answer(e.text, e.finish, sum(e.trained), e.record) for e in episodes]
+        answers = [Answer(e.text, e.finish, sum(e.trained), e.record, e.ids, e.calls) for e in episodes]
         values = self.reward(answers)
         if self.reward.first_failure:
             log_once(f"a reward could not be computed, its answers are left out (metric failed): {self.reward.first_failure}")
@@ -118,6 +120,8 @@ class Rollouts:
         batch, old = rows_of(episodes, ok, self.tokenizer.pad_id)
         extra = {"old": old, "reward": reward, "ok": ok.float(), "failed": torch.tensor([float(v is None) for v in values])}
         extra |= {"cut": cut.float(), "length": torch.tensor([float(a.tokens) for a in answers])}
+        if self.cfg.tools:
+            extra |= {name: torch.tensor(counts) for name, counts in tool_counts(episodes).items()}
         if self.reference is not None:
             extra["ref"] = self.logps(self.reference, batch)
         if self.shape.values:
@@ -132,11 +136,11 @@ class Rollouts:
     def logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, T) under a model, at the temperature of sampling."""
         heat, vocab = self.cfg.temperature, self.tokenizer.vocab_size
-        return self._in_parts(batch, lambda part: policy_logps(model, model(part.tokens, part.seq)[0], part.labels, heat, vocab))
+        return self._in_parts(batch, lambda part: policy_logps(model, hidden_states(model, part)[0], part.labels, heat, vocab))
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
-        return self._in_parts(batch, lambda part: self.model.score(self.model(part.tokens, part.seq)[0])) * (batch.labels != IGNORE)
+        return self._in_parts(batch, lambda part: self.model.score(hidden_states(self.model, part)[0])) * (batch.labels != IGNORE)
 
     def _in_parts(self, batch: Batch, compute) -> Tensor:
         device = next(self.model.parameters()).device
@@ -189,7 +193,16 @@ def summary(batch: Batch, samples: int) -> dict[str, float]:
         "flat": float(flat_groups(e["reward"], e["ok"], samples).float().mean()),
         "truncated": float(e["cut"].mean()),
         "length": float(e["length"].mean()),
-    }
+    } | {name: float(e[name].mean()) for name in TOOL_COUNTS if name in e}
+
+
+TOOL_COUNTS = ("turns", "tool_calls", "tool_errors")
+
+
+def tool_counts(episodes: Sequence[Episode]) -> dict[str, list[float]]:
+    """Of each answer: turns of the policy, calls that were answered, and those of them that got an error."""
+    counts = [(e.turns, len(e.calls), sum(call.failed for call in e.calls)) for e in episodes]
+    return {name: list(map(float, column)) for name, column in zip(TOOL_COUNTS, zip(*counts, strict=True), strict=True)}
 
 
 def with_blank(chosen: Batch, batch: Batch, unit: int) -> Batch:

@@ -3,7 +3,8 @@
     maximise g's  subject to  1/2 s'Hs <= delta,    g = grad of mean_t r_t A_t,    H = Hessian of mean_t KL(pi_old || pi) = Fisher
     H x = g by conjugate gradient,    s = sqrt(2 delta / x'Hx) x,    then s, s/2, s/4 ... until the gain is real and KL <= delta
 
-Source: 1502.05477 section 6 and appendix C (delta 0.01, damping 0.1, 10 steps of CG; damping is part of H, under the root too).
+Source: 1502.05477 section 6 and appendix C; delta 0.01, damping 0.1 and 10 steps of CG are those of OpenAI Baselines (trpo_mpi, mujoco).
+Damping is part of H, under the root too.
 H is never built: H v is the gradient of (grad KL)'v, a second backward pass through the first.
 The honest exception: a step needs a solver, trials and a way back, so this method has its own loop, `fit_trpo`, with fit.py's state,
 hooks and batches, and neither optimizer nor learning rate; what is logged as lr is what x was multiplied by.
