@@ -238,7 +238,7 @@ def test_a_reward_model(root, tmp_path):
         ("dpo", {"objective": {"kind": "dpo", "reference": "copy"}}, "'model', 'precomputed' or 'none'"),
         ("simpo", {"objective": {"kind": "simpo", "reference": "none"}}, "unknown key 'objective.reference'"),
         ("orpo", {"objective": {"kind": "orpo", "beta": -1}}, "needs beta > 0, not -1"),
-        ("cpo", {"data": {"train": ["x"], "train_on": "all"}}, "for objective sft"),
+        ("cpo", {"data": {"train": ["x"], "train_on": "all"}}, "are for conversations"),
     ],
 )
 def test_recipes_that_cannot_be_trained(root, tmp_path, kind, changes, match):
