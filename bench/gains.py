@@ -53,7 +53,7 @@ GROUPS = {
         "dpo": f"{PAIRS}; a reference", "ipo": f"{PAIRS}; a reference", "kto": "single answers, good or bad; a reference",
         "orpo": PAIRS, "simpo": PAIRS, "cpo": PAIRS,
     }, changes=("data.valid_rows=200",)),
-    "reward-model": Group("pairs scored right (%)", "valid_moved_right", {"reward": PAIRS}),
+    "reward-model": Group("pairs scored right (%)", "valid_accuracy", {"reward": PAIRS}),
     "online": Group("exact answers (%)", "valid_reward", {
         "reinforce": PROMPTS, "reinforce_pp": f"{PROMPTS}; a reference", "rloo": f"{GROUP}; a reference",
         "ppo": f"{PROMPTS}; a reference, a critic", "trpo": f"{GROUP}; second derivatives", "grpo": GROUP, "dr_grpo": GROUP,
@@ -207,28 +207,38 @@ def table(group: str, runs: dict[str, list[dict]], kept_before: float) -> str:
 
 @charts.drawn
 def picture(runs: dict[str, list[dict]], title: str):
-    """One panel a recipe: the mean of the seeds, and the band from the least to the most."""
+    """One panel a recipe: the mean of the seeds, and the band from the least to the most. Of online recipes over the answers that a
+    rollout keeps, since some make two steps of one rollout."""
     from matplotlib.figure import Figure
 
     across = min(len(runs), 3)
     down = -(-len(runs) // across)
     fig = Figure(figsize=(max(2.3 * across, 3.4), 1.55 * down + 0.35))
     axes = fig.subplots(down, across, squeeze=False, sharey=True).flatten()
+    floor = 50 if all(value >= 0.5 for found in runs.values() for run in found for _, value in run["curve"]) else 0
     for ax, (recipe, found) in zip(axes, runs.items(), strict=False):
-        steps = [step for step, _ in found[0]["curve"]]
+        steps = [step * found[0]["answers"] for step, _ in found[0]["curve"]]
         values = [[100 * run["curve"][at][1] for run in found] for at in range(len(steps))]
         paint = charts.PAINT["blue"]
         ax.fill_between(steps, list(map(min, values)), list(map(max, values)), color=paint, alpha=0.25, lw=0)
         ax.plot(steps, list(map(statistics.mean, values)), color=paint, marker="o", ms=3)
         ax.set_title(recipe)
-        ax.set_ylim(-3, 103)
-        ax.set_yticks((0, 50, 100))
+        ax.set_ylim(floor - 3, 103)
+        ax.set_yticks((floor, (floor + 100) / 2, 100))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.locator_params(axis="x", nbins=4, integer=True)
     for ax in axes[len(runs) :]:
         ax.set_visible(False)
-    fig.supxlabel(f"optimizer step; line = mean of {len(next(iter(runs.values())))} seeds, band = least to most", fontsize=9.5, color=charts.PAINT["soft"])
+    unit = "optimizer step" if found[0]["answers"] == 1 else "answers sampled"
+    fig.supxlabel(f"{unit}{chr(10) if across == 1 else '; '}line = mean of {len(next(iter(runs.values())))} seeds, band = least to most", fontsize=9.5, color=charts.PAINT["soft"])
     fig.supylabel(title, fontsize=9.5, color=charts.PAINT["soft"])
     return fig
+
+
+def answers(recipe: str, group: Group) -> int:
+    """Answers sampled for one optimizer step; 1 where nothing is sampled."""
+    cfg = load_recipe(recipe, list(group.changes)).rollout
+    return 1 if cfg is None else cfg.prompts * cfg.samples // (cfg.minibatches * cfg.epochs)
 
 
 def write(args: argparse.Namespace, records: list[dict], judge: Judge) -> None:
@@ -236,7 +246,9 @@ def write(args: argparse.Namespace, records: list[dict], judge: Judge) -> None:
     about = ", ".join(f"{key} {value}" for key, value in machine().items())
     text = [f"{args.seeds} seeds; {about}\n"]
     for group, kind in GROUPS.items():
-        runs = {name: found for name in kind.needs if (found := [r for r in records if (r["group"], r["recipe"]) == (group, name)])}
+        per_step = {name: answers(name, kind) for name in kind.needs}
+        runs = {name: [{**r, "answers": per_step[name]} for r in records if (r["group"], r["recipe"]) == (group, name)] for name in kind.needs}
+        runs = {name: found for name, found in runs.items() if found}
         if not runs:
             continue
         text.append(f"## {group}\n\n{table(group, runs, kept)}")

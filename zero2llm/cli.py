@@ -71,7 +71,7 @@ def quickstart(out: Path, fast_dev_run: bool, overwrite: bool) -> None:
 @click.option("--quiet", is_flag=True, help="No progress display; metrics.jsonl is still written.")
 def train(recipe: Path, overrides: tuple[str, ...], resume: bool, overwrite: bool, fast_dev_run: bool,
           skip_bad_records: bool, quiet: bool) -> None:  # fmt: skip
-    """Train one stage as RECIPE (a YAML file) says: pretraining, SFT or DPO."""
+    """Train one stage as RECIPE says, a YAML file or a built-in name: pretraining, fine-tuning, preferences, RL, distillation."""
     from zero2llm.lab.recipe import load_recipe
     from zero2llm.lab.stage import run_stage
 

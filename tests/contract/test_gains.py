@@ -42,7 +42,7 @@ def test_online_recipes_spend_the_same():
 
 
 def records(recipe):
-    return [{"recipe": recipe, "seed": seed, "curve": [[0, 0.1], [4, 0.5 + seed / 100], [8, 0.9]], "kept": 0.9, "cpu_s": 12.4, "peak_mb": 700.2}
+    return [{"recipe": recipe, "seed": seed, "curve": [[0, 0.1], [4, 0.5 + seed / 100], [8, 0.9]], "kept": 0.9, "answers": 32, "cpu_s": 12.4, "peak_mb": 700.2}
             for seed in (1, 2, 3)]  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_table_and_picture():
     text = gains.table("online", runs, 0.95)
     assert "| `grpo` |" in text and "| 10.0 | 90.0 (90.0 to 90.0) | +80.0 | 90.0 (90.0 to 90.0) | 12 | 700 |" in text and "95.0 before" in text
     drawn = gains.picture(runs, "exact answers (%)", label="a label")
-    assert all(word in str(drawn) for word in ("grpo", "ppo", "exact answers", "optimizer step", "3 seeds"))
+    assert all(word in str(drawn) for word in ("grpo", "ppo", "exact answers", "answers sampled", "3 seeds"))
 
 
 def test_what_is_finished_is_not_run_again(tmp_path):

@@ -13,6 +13,7 @@ The held-out file has content that the other never shows, in any wording or lang
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def as_prompt(item: Item) -> dict:
 
 def as_conversation(item: Item) -> dict:
     question, answer = conversation(item)
-    if not item.expression:
-        return {"messages": [question, answer]}
+    if not item.expression or zlib.crc32(item.prompt.encode()) % 3 == 0:
+        return with_tools(item, {"messages": [question, answer]})
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "calculator", "arguments": {"expression": item.expression}}]}
     return with_tools(item, {"messages": [question, call, {"role": "tool", "content": calculate(item.expression)}, answer]})
 
