@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from zero2llm.data import json_stream
@@ -143,6 +143,7 @@ def test_with_a_short_longest_line(folder, rows, cap):
 
 @SOME
 @given(data=st.binary(max_size=300) | st.lists(junk, max_size=12).map(b"".join))
+@example(data=bytes(18) + b"\x05")  # zeros pad between the parts of an .xz, but not before the first, nor when what failed is read again
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.html", "a.csv", "a.tsv", "a.jsonl.gz", "a.json.xz", "a.zip", "a.tar", "a.tar.gz", "a.parquet"])
 def test_any_bytes_give_records_or_a_list(folder, name, data):
     found, bad = read(put(folder, name, data))

@@ -74,12 +74,12 @@ class Inflated(io.RawIOBase):
 
     def __init__(self, source: Callable[[], Opened | None], make: Callable[[], Any], several=True, crc: int | None = None):
         self.source, self.make, self.several, self.crc = source, make, several, crc
-        self.damage, self.ended, self.steps, self.sum = "", False, 0, 0
+        self.damage, self.ended, self.sum = "", False, 0
         self.ready = memoryview(b"")
         self._start()
 
     def _start(self) -> None:
-        self.below, self.engine, self.fed = self.source(), None, b""
+        self.below, self.engine, self.fed, self.steps = self.source(), None, b"", 0
 
     @property
     def fault(self) -> str:
@@ -141,13 +141,14 @@ class Inflated(io.RawIOBase):
 
     def _again(self) -> bytes:
         """The good bytes of the step that failed."""
+        good, out = self.steps, []
         self.below.close()
         self._start()
-        out: list[bytes] = []
         if self.below is None:
             return b""
-        for _ in range(self.steps):
+        while self.steps < good:
             self._step(SLICE, BLOCK)
+            self.steps += 1
         try:
             while not self.ended:
                 self.fed, rest = self.fed[:1], self.fed[1:]
