@@ -18,7 +18,7 @@ def inspect_recipe(path: Path, overrides: list[str], rows: int, html: Path | Non
     """Build the recipe's data as training would and show its first batch."""
     recipe = load_recipe(path, overrides)
     if recipe.form == "prompts":
-        raise ValueError(f"objective {recipe.objective.kind} trains on answers that the model samples; look at its prompts with: zero2llm data view FILES")
+        raise ValueError(f"objective {recipe.objective.kind} trains on answers that the model samples; look at its prompts with: zero2llm data inspect FILES")
     with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # the run's own folder is not touched
         _, tokenizer, _, _ = start_model(recipe, Path(scratch))
         batch = next(iter(build_sets(recipe, tokenizer, Path(scratch), World()).train))
