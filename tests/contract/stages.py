@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import yaml
 
+from zero2llm.train.checkpoint import candidates, latest
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # of processes
 WORDS = "the a whale sea ship captain sailed over dark water and saw 海 船 月 风 花 雪 山 水 人 天".split()
 
 
@@ -54,3 +62,18 @@ def write_recipe(root: Path, stage: str, **changes) -> Path:
     path = root / f"{stage}.yaml"
     path.write_text(yaml.safe_dump(recipe(root, stage, **changes), allow_unicode=True), encoding="utf-8")
     return path
+
+
+def kill_and_resume(path: Path, out: Path, steps: int) -> None:
+    """Start the recipe at ``path`` as a process, kill it after two checkpoints of ``steps``, and let it go on to its end."""
+    command = [sys.executable, "-m", "zero2llm.cli", "train", str(path)]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(candidates(out)) < 3 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert latest(out).step < steps, "it was killed on the way"
+    done = subprocess.run([*command, "--resume"], env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import yaml
 
 import zero2llm
-from tests.contract.stages import recipe, write_data
+from tests.contract.stages import kill_and_resume, recipe, write_data
 from tests.contract.test_resume import ENV
 from zero2llm.core.files import load_tensors
 from zero2llm.lab.look import inspect_recipe
 from zero2llm.tokenizers.tokenizer import Tokenizer
-from zero2llm.train.checkpoint import candidates, latest
+from zero2llm.train.checkpoint import latest
 from zero2llm.train.telemetry import MEANING, read_metrics
 
 ROLLOUT = {"prompts": 4, "samples": 2, "max_tokens": 6}
@@ -116,17 +113,7 @@ def test_killed_and_resumed_to_the_bit(root, tmp_path, name):
     want = zero2llm.run(zero2llm.make_recipe(**student(root, name, tmp_path / "whole", fit=fit)), quiet=True)
     path, out = tmp_path / "recipe.yaml", tmp_path / "killed"
     path.write_text(yaml.safe_dump(student(root, name, out, fit=fit)), encoding="utf-8")
-    command = [sys.executable, "-m", "zero2llm.cli", "train", str(path)]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(candidates(out)) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert latest(out).step < 8, "it was killed on the way"
-    done = subprocess.run([*command, "--resume"], env=ENV, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    kill_and_resume(path, out, 8)
     a, b = load_tensors(want.checkpoint / "model"), load_tensors(latest(out).path / "model")
     assert all(a[key].equal(b[key]) for key in a)
 

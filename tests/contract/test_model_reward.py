@@ -10,6 +10,7 @@ import torch
 import zero2llm
 from tests.contract.stages import recipe, write_data
 from zero2llm.core.seq import Seq
+from zero2llm.model.heads import add_score
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.checkpoint import Checkpoint
 from zero2llm.train.rl.answer import Answer, Together
@@ -76,6 +77,19 @@ def test_a_mixture_keeps_failures_apart():
     assert both([Answer(t, "stop", 1, {}) for t in ("a", "bad", "nan", "c", "d")]) == [6.0, None, None, None, 6.0]
     assert "nothing" in both.first_failure
     assert Mixture([(1.0, rule)])([]) == []
+
+
+def test_a_critic_is_no_reward_model(root, judge, monkeypatch):
+    right = Checkpoint.load_model
+
+    def with_critic(self, *args):
+        model = right(self, *args)
+        add_score(model)
+        return model
+
+    monkeypatch.setattr(Checkpoint, "load_model", with_critic)
+    with pytest.raises(ValueError, match="has a critic.*train reward"):
+        ModelRewardConfig(path=str(root / "reward")).build(judge[1])
 
 
 def test_what_cannot_serve_is_refused(root, judge, tmp_path):

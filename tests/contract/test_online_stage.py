@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
 
 import zero2llm
-from tests.contract.stages import recipe, write_data
-from tests.contract.test_resume import ENV
+from tests.contract.stages import kill_and_resume, recipe, write_data
 from zero2llm.core.files import load_tensors
-from zero2llm.train.checkpoint import candidates, latest
+from zero2llm.train.checkpoint import latest
 from zero2llm.train.telemetry import MEANING, read_metrics
 
 KINDS = ("grpo", "ppo", "trpo", "online_dpo", "rft", "dapo", "bapo", "rloo", "reinforce_pp", "reinforce", "dr_grpo", "gspo", "gmpo", "cispo", "sapo")
@@ -77,17 +71,7 @@ def test_killed_and_resumed_to_the_bit(root, tmp_path, kind):
     want = zero2llm.run(zero2llm.make_recipe(**rl(root, kind, tmp_path / "whole", fit={"steps": 8, "micro_rows": 8})), quiet=True)
     path, out = tmp_path / "recipe.yaml", tmp_path / "killed"
     path.write_text(yaml.safe_dump(rl(root, kind, out, fit={"steps": 8, "micro_rows": 8})), encoding="utf-8")
-    command = [sys.executable, "-m", "zero2llm.cli", "train", str(path)]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(candidates(out)) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert latest(out).step < 8, "it was killed on the way"
-    done = subprocess.run([*command, "--resume"], env=ENV, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    kill_and_resume(path, out, 8)
     a, b = load_tensors(want.checkpoint / "model"), load_tensors(latest(out).path / "model")
     assert all(a[name].equal(b[name]) for name in a)
 

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from tests.contract.stages import recipe, write_data, write_recipe
+from tests.contract.stages import ENV, recipe, write_data, write_recipe
 from zero2llm.core.files import load_tensors
 from zero2llm.lab.recipe import make_recipe
 from zero2llm.lab.stage import run_stage
@@ -21,7 +21,6 @@ from zero2llm.train.checkpoint import Checkpoint, candidates, latest
 from zero2llm.train.telemetry import read_metrics
 
 STAGES = ("pretrain", "sft", "dpo")
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import zero2llm
-from tests.contract.stages import recipe, write_data
+from tests.contract.stages import kill_and_resume, recipe, write_data
 from tests.contract.test_resume import ENV
 from zero2llm.core.files import load_tensors, read_json
 from zero2llm.core.seq import Seq
@@ -168,17 +166,7 @@ def test_killed_and_resumed_to_the_bit(root, tmp_path, objective, quantize):
     want = run(root, tmp_path / "whole", objective, **long)
     path, out = tmp_path / "recipe.yaml", tmp_path / "killed"
     path.write_text(yaml.safe_dump(made(root, out, objective, **long)), encoding="utf-8")
-    command = [sys.executable, "-m", "zero2llm.cli", "train", str(path)]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(candidates(out)) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert latest(out).step < 10, "it was killed on the way"
-    done = subprocess.run([*command, "--resume"], env=ENV, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    kill_and_resume(path, out, 10)
     assert same(want.checkpoint, latest(out).path)
 
 

@@ -96,7 +96,7 @@ def on_policy(recipe: Recipe, model: LM, teacher: Teacher, tokenizer: Tokenizer,
             f"rollout.max_tokens = {recipe.rollout.max_tokens} after the longest question of {prompts.longest} tokens is more than "
             f"student and teacher read: {reach}; lower it, or seq_len"
         )
-    source: OwnAnswers = OwnAnswers(
+    source = OwnAnswers(
         writer, tokenizer, prompts, recipe.rollout, seed=recipe.seed, world=World.current(), share=share,
         data=sets.train if share < 1 else None,
     )  # fmt: skip

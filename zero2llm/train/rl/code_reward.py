@@ -10,8 +10,8 @@ Each test has a process of its own (sandbox.py), so one endless loop loses one t
 side: the child is asked for the value of the left, and neither it nor the program ever sees what is right; containers are compared as
 the plain list, tuple, set or dict. Other statements (a loop, ``assert abs(f(2) - 1.4) < 0.1``) count as passed if they run to
 their end, which the child reports with a nonce that is read after the answer has run.
-What remains: a program that takes the interpreter apart could fake that report, for statements alone; it can read the test's call
-and answer for that call only. Prefer literals or input and output, and keep some tests out of training.
+What remains: a program that reads the nonce from its own standard input can fake that report, for statements alone; one that reads the
+test's call can answer for that call only. Prefer literals or input and output, and keep some tests out of training.
 A record without tests, or with one that is none, is no 0: the answer counts as failed. Results do not depend on the load up to the wall
 clock's limit; hashing is fixed, other randomness is the program's own.
 Source: MBPP 2108.07732 (asserts), APPS 2105.09938 (input and output; share and all).

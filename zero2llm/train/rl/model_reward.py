@@ -46,8 +46,9 @@ class ModelRewardConfig:
         found = Checkpoint.open(self.path, resuming=False)
         same_tokens(Tokenizer.load(found.tokenizer_dir), tokenizer, self.path)
         model = found.load_model()
-        if model.score is None:
-            raise ValueError(f"reward model: {self.path} has no score head; train one with objective reward (zero2llm train reward)")
+        if model.cfg.score_head != "reward":
+            has = "no score head" if model.score is None else "a critic, which knows what its own policy was about to earn"
+            raise ValueError(f"reward model: {self.path} has {has}; train one with objective reward (zero2llm train reward)")
         return Together(Scorer(model.to(device).requires_grad_(False), tokenizer, self.batch))
 
 
