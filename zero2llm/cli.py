@@ -82,7 +82,10 @@ def train(recipe: Path, overrides: tuple[str, ...], resume: bool, overwrite: boo
         changes += ["fit.steps=3", "eval.every=2"]
     result = run_stage(load_recipe(recipe, changes), resume=resume, overwrite=overwrite, quiet=quiet)
     click.echo(f"checkpoint: {result.checkpoint}")
-    click.echo(f"talk to it: zero2llm chat {result.run}")
+    if result.model.cfg.score_head == "reward":
+        click.echo(f"let it judge: reward=[{{kind: model, path: {result.run}}}]; for other programs: zero2llm export {result.run} --to hf --out FOLDER")
+    else:
+        click.echo(f"talk to it: zero2llm chat {result.run}")
 
 
 @app.command("inspect-batch", **HELP)

@@ -84,8 +84,9 @@ class Telemetry:
         values = {**state.metrics, "tokens": state.tokens, "memory_mb": round(memory_mb(), 1)}
         self.log("train", state.step, values)
         m = state.metrics
+        reward = f"reward {m['reward']:.3f}  " if "reward" in m else ""  # of reinforcement learning, whose loss says little
         line = (
-            f"loss {m['loss']:.3f}  lr {m['lr']:.1e}  |g| {m['grad_norm']:.2f}  "
+            f"loss {m['loss']:.3f}  {reward}lr {m['lr']:.1e}  |g| {m['grad_norm']:.2f}  "
             f"{m['tokens_per_s']:,.0f} tok/s  {values['memory_mb']:,.0f} MB"
         )
         self.progress.update(self.task, completed=state.step, line=line)
