@@ -18,7 +18,7 @@ from collections.abc import Callable
 from turns import machine, parser
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (1024, 384), (2048, 2048), (49152, 576))  # (N, K)
-ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 48)
+ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 128)
 CACHE = 48 * 2**20  # bytes of weights to walk over, more than a last-level cache holds
 
 

@@ -140,12 +140,13 @@ class Worker:
     def __init__(self, script: str, name: str, options: list[str], threads: int):
         self.result = Result(name)
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
-        # passive: a thread that waits sleeps, instead of burning the core that its neighbour or another process needs
+        # as our command line sets it: a thread that waits sleeps soon, instead of burning the core that another process needs
         env = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "OMP_WAIT_POLICY": "passive",
+            "GOMP_SPINCOUNT": "2000",
         }
         command = [sys.executable, script, "--worker", name, *options]
         self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=self.log, text=True, env=env)

@@ -151,7 +151,8 @@ class Engine:
             rows = [i for i in warm if (asked[i].top_k, asked[i].top_p, asked[i].min_p) == key]
             heat = torch.tensor([asked[i].temperature for i in rows], device=logits.device)[:, None]
             uniform = torch.cat([torch.rand(1, generator=self.running[i].generator) for i in rows])
-            tokens[rows] = draw(truncate(logits[rows] / heat, *key), uniform.to(logits.device))
+            some = logits if len(rows) == len(asked) else logits[rows]
+            tokens[rows] = draw(truncate(some / heat, *key), uniform.to(logits.device))
         self.seen.scatter_(1, tokens[:, None], True)
         self._note(plain, tokens)
         return tokens
@@ -161,7 +162,8 @@ class Engine:
         rows = [i for i, r in enumerate(self.running) if r.sampling.logprobs]
         if rows:
             heat = torch.tensor([self.running[i].sampling.temperature or 1.0 for i in rows], device=logits.device)[:, None]
-            found = (logits[rows] / heat).log_softmax(-1).gather(1, tokens[rows][:, None]).squeeze(1)
+            some, chosen = (logits, tokens) if len(rows) == len(self.running) else (logits[rows], tokens[rows])
+            found = (some / heat).log_softmax(-1).gather(1, chosen[:, None]).squeeze(1)
             for i, value in zip(rows, found.tolist(), strict=True):
                 self.running[i].logps.append(value)
 

@@ -46,7 +46,10 @@ class Cost:
 
 
 class Mixer(Protocol):
-    """Lets tokens see each other. Its config has ``build(d_model, place) -> Mixer`` and ``cost(d_model) -> Cost``."""
+    """Lets tokens see each other. Its config has ``build(d_model, place) -> Mixer`` and ``cost(d_model) -> Cost``.
+
+    A class attribute ``whole_rows = True`` (of any layer) says that it looks at, or reports on, all tokens of a batch at once.
+    """
 
     def init_state(self, batch: int, max_len: int, *, device=None, dtype=None) -> State: ...
     def forward(self, x: Tensor, seq: Seq, state: State | None = None) -> tuple[Tensor, Aux]: ...

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from zero2llm.core.seq import Seq
 
+ROUND = 16  # slots read are a multiple of this: few different shapes, and kernels like it
+
 
 class Seen(NamedTuple):
     """k, v : (B, G, S, K) keys and values.  mask : (B, 1, T, S) bool, True = may see.  pos : (B, S) the keys' positions."""
@@ -46,12 +48,14 @@ class KVState:
         """Remember the new tokens' k, v (B, G, T, K) and return what each of them attends to."""
         if k.shape[2] == 1:  # write first, then look at the slots in place: decoding copies nothing
             slot, seen, pos = seq.once(("kv", self.slots), lambda: self._clock(seq))
-            self._write(k, v, slot)
-            return Seen(self.k[:, :, : self.slots], self.v[:, :, : self.slots], seen, pos)
+            row = torch.arange(len(k), device=k.device)
+            self.k[row, :, slot[:, 0]] = k[:, :, 0].to(self.k.dtype)
+            self.v[row, :, slot[:, 0]] = v[:, :, 0].to(self.v.dtype)
+            return Seen(self.k[:, :, : pos.shape[1]], self.v[:, :, : pos.shape[1]], seen, pos)
         real = _real(seq)
         first = real.int().argmax(1, keepdim=True)  # (B, 1) column of each row's first real token
         start = seq.pos.gather(1, first)
-        stored = self._stored_positions(start - 1)[:, None]  # (B, 1, S)
+        stored = self._stored_positions(start - 1, seq)[:, None]  # (B, 1, S)
         old = (stored >= 0).expand(-1, k.shape[2], -1)
         new = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril().expand(len(k), -1, -1)
         last = real
@@ -62,19 +66,26 @@ class KVState:
         if window is not None:
             old = old & (seq.pos[:, :, None] - stored < window)
             new = new.triu(1 - window)
-        keys, values = torch.cat((self.k[:, :, : self.slots], k), 2), torch.cat((self.v[:, :, : self.slots], v), 2)
+        filled = stored.shape[2]
+        keys, values = torch.cat((self.k[:, :, :filled], k), 2), torch.cat((self.v[:, :, :filled], v), 2)
         end = torch.where(last, seq.pos, -1).amax(1, keepdim=True)
         self._write(k, v, self._slot(seq.pos, last & (seq.pos > end - self.slots)))
         return Seen(keys, values, torch.cat((old, new), 2)[:, None], torch.cat((stored[:, 0], seq.pos), 1))
 
-    def _stored_positions(self, pos: Tensor) -> Tensor:
-        """(B, S) position that each slot holds once ``pos`` (B, 1) is the latest; negative = nothing yet."""
-        slot = torch.arange(self.slots, device=pos.device)
-        return pos - (pos - slot) % self.slots
+    def _stored_positions(self, last: Tensor, seq: Seq) -> Tensor:
+        """(B, S') position that each slot holds once ``last`` (B, 1) are the latest; negative = nothing yet.
+
+        S' : the slots that any row has filled, rounded up; nobody reads the others. All of them where shapes may not depend on data.
+        """
+        used = self.slots
+        if not torch.compiler.is_compiling():
+            used = seq.once(("filled", self.slots), lambda: min(self.slots, -(-(int(last.max()) + 1) // ROUND) * ROUND))
+        slot = torch.arange(used, device=last.device)
+        return last - (last - slot) % self.slots
 
     def _clock(self, seq: Seq) -> tuple[Tensor, Tensor, Tensor]:
-        """For one new token a row: its slot (B, 1), which slots it sees (B, 1, 1, S), and their positions (B, S)."""
-        stored = self._stored_positions(seq.pos)
+        """For one new token a row: its slot (B, 1), which slots it sees (B, 1, 1, S'), and their positions (B, S')."""
+        stored = self._stored_positions(seq.pos, seq)
         return self._slot(seq.pos, _real(seq)), (stored >= 0)[:, None, None], stored
 
     def _slot(self, pos: Tensor, keep: Tensor) -> Tensor:
@@ -87,7 +98,7 @@ class KVState:
             store.scatter_(2, index, new.to(store.dtype))
 
     def gather(self, rows: Tensor) -> KVState:
-        return KVState(self.k[rows], self.v[rows], self.ring)
+        return KVState(self.k.index_select(0, rows), self.v.index_select(0, rows), self.ring)
 
     def snapshot(self) -> KVState | None:
         return KVState(self.k.clone(), self.v.clone(), True) if self.ring else None

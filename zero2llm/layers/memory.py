@@ -9,7 +9,8 @@ from zero2llm.core.seq import State
 
 
 class Memory:
-    """Tensors (B, ...) by name. ``write`` overwrites them where they lie, so that their addresses never change.
+    """Tensors (B, ...) by name. ``write`` overwrites them where they lie, so that their addresses never change; what a gradient
+    flows through is replaced instead, for the backward pass still needs the old one.
 
     Always fp32 or wider: a state is summed over the whole text, and half precision forgets the small terms.
     """
@@ -28,10 +29,13 @@ class Memory:
 
     def write(self, **new: Tensor) -> None:
         for name, tensor in new.items():
-            self.tensors[name].copy_(tensor)
+            if tensor.requires_grad:
+                self.tensors[name] = tensor.to(self.tensors[name].dtype)
+            else:
+                self.tensors[name].copy_(tensor)
 
     def gather(self, rows: Tensor) -> Memory:
-        return Memory(**{name: tensor[rows] for name, tensor in self.tensors.items()})
+        return Memory(**{name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()})
 
     def snapshot(self) -> Memory:
         return Memory(**{name: tensor.clone() for name, tensor in self.tensors.items()})

@@ -48,6 +48,12 @@ class LM(nn.Module):
     def logit_softcap(self) -> float | None:
         return self.cfg.logit_softcap
 
+    @property
+    def continues(self) -> bool:
+        """Whether a pass from states is one of whole rows in all that a loss sees: nothing is recomputed, and no layer looks at all
+        tokens of a batch."""
+        return not self.recompute and not any(getattr(part, "whole_rows", False) for part in self.modules())
+
     @staticmethod
     def clone(model: LM) -> LM:
         """An independent copy with equal weights, on the same device."""

@@ -6,9 +6,10 @@ reads W badly. Both are bound by the time to read W, so for inference with few r
     1 row      W cut into halves, a batched product of two parts: both cores read at once (small W: one thread is faster)
     2-4 rows   y^T = W x^T: the same sums, W walked in the order in which it is stored (a wide W: up to 8 rows)
     5-48 rows  W cut into four, a batched product
+    49-192     y^T = W x^T again
 
 Measured on 2 cores, milliseconds of F.linear and of this: W 1,536 x 576, 1 row 0.27 -> 0.19, 4 rows 0.45 -> 0.22;
-2,048 x 2,048, 8 rows 1.8 -> 1.1; 49,152 x 576, 1 row 9.4 -> 3.5, 16 rows 21 -> 13 (bench/linear_rows.py repeats it).
+2,048 x 2,048, 8 rows 1.8 -> 1.1; 49,152 x 576, 1 row 9.4 -> 3.5, 16 rows 21 -> 13; 64 rows are a tenth to a fifth faster (bench/linear_rows.py repeats it).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_ROWS = 48  # from here on the ordinary kernel is as good
+SPLIT_ROWS = 48  # up to which the batched product is the better one
+MAX_ROWS = 192  # from here on the ordinary kernel is as good
 SMALL = 250_000  # weights up to which waking a second thread costs more than it brings
 WIDE = 8192  # output rows from which a second, empty column beats the split
 
@@ -35,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     n, k = weight.shape
     if len(rows) == 1 and n * k < SMALL:
         return F.linear(x, weight, bias)
-    if 1 < len(rows) <= (8 if n >= WIDE else 4):
+    if 1 < len(rows) <= (8 if n >= WIDE else 4) or len(rows) > SPLIT_ROWS:
         y = (weight @ rows.t()).t()
     elif len(rows) == 1 and n >= WIDE:
         y = (weight @ torch.cat((rows, torch.zeros_like(rows))).t())[:, :1].t()

@@ -25,7 +25,7 @@ from zero2llm.adapters.wrap import adapter_state, disabled, load_adapter_state, 
 from zero2llm.core.batch import Batch
 from zero2llm.core.config import config
 from zero2llm.core.device import give_back_memory
-from zero2llm.core.seq import Aux, Seq
+from zero2llm.core.seq import Aux, Seq, State
 from zero2llm.layers.nf4 import quantize_model
 from zero2llm.model.heads import add_score
 from zero2llm.train.loss import Loss, Objective
@@ -109,9 +109,16 @@ class Undressed(nn.Module):
         super().__init__()
         self.inside = (model,)  # no submodule: freezing the reference must not freeze what is trained
 
-    def forward(self, tokens: Tensor, seq: Seq) -> tuple[Tensor, Aux]:
+    def forward(self, tokens: Tensor, seq: Seq, states: list[State] | None = None) -> tuple[Tensor, Aux]:
         with disabled(self.inside[0]), torch.no_grad():
-            return self.inside[0](tokens, seq)
+            return self.inside[0](tokens, seq, states)
+
+    def init_states(self, batch: int, max_len: int) -> list[State]:
+        return self.inside[0].init_states(batch, max_len)
+
+    @property
+    def continues(self) -> bool:
+        return self.inside[0].continues
 
     @property
     def head_weight(self) -> Tensor:

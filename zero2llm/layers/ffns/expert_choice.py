@@ -62,6 +62,7 @@ class ExpertChoiceConfig:
 
 class ExpertChoice(nn.Module):
     tp: ClassVar = None
+    whole_rows: ClassVar = True  # an expert chooses among all tokens
 
     def __init__(self, d_model: int, cfg: ExpertChoiceConfig):
         super().__init__()

@@ -105,6 +105,7 @@ class MoEConfig:
 
 class MoE(nn.Module):
     tp: ClassVar = None
+    whole_rows: ClassVar = True  # the balance is that of all tokens
 
     def __init__(self, d_model: int, cfg: MoEConfig):
         super().__init__()

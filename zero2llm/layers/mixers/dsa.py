@@ -107,6 +107,7 @@ def index_loss(scores: Tensor, p: Tensor, kept: Tensor, seq: Seq) -> Tensor:
 
 class DSA(nn.Module):
     tp: ClassVar = None  # p is a sum over all heads
+    whole_rows: ClassVar = True  # the indexer's loss is a mean over all tokens
 
     def __init__(self, d_model: int, cfg: DSAConfig, place: Place):
         super().__init__()

@@ -13,7 +13,7 @@ Costs 2 D parameters and 2 D running values. Shapes: (..., D) -> (..., D).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class BatchNormConfig:
 
 
 class BatchNorm(nn.Module):
+    whole_rows: ClassVar = True  # its statistics are those of all tokens
+
     def __init__(self, d_model: int, eps: float, momentum: float):
         super().__init__()
         self.eps, self.momentum = eps, momentum
