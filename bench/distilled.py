@@ -4,8 +4,9 @@
     python bench/distilled.py --out runs/distilled                      all of it; what is finished is not run again
 
     text       from nothing, on the teacher's pretraining text:   alone (labels), distill-pretrain (forward KL)
-    answers    from nothing, on conversations:                    alone (labels), distill (cached top 64), hidden (hidden states too)
-    own        goes on from the student of `answers/distill`:     more (labels), gkd, minillm (what it writes itself)
+    answers    from nothing, on 1,000 labelled conversations:     alone (labels), distill (cached top 64), hidden (hidden states too),
+               sequence (what the teacher answered to 12,000 questions, as labels)
+    own        goes on from the student of `answers/distill`:     more (labels), gkd, minillm (what it writes itself, to 12,000 questions)
 
 Held-out nats a token, distance from the teacher (KL, nats a token, of the same held-out rows for all), and of the last two groups
 exact answers to held-out questions. Each run is `zero2llm train` in a process of its own; CPU seconds and peak memory are its own.
@@ -39,9 +40,10 @@ class Arm:
 
 GROUPS = {
     "text": {"alone": Arm("distill-pretrain", (LABELS,)), "distill": Arm("distill-pretrain")},
-    "answers": {"alone": Arm("distill", (LABELS, "teacher.cache=null")), "distill": Arm("distill"), "hidden": Arm("hidden")},
+    "answers": {"alone": Arm("distill", (LABELS, "teacher.cache=null")), "distill": Arm("distill"), "hidden": Arm("hidden"),
+                "sequence": Arm("distill", (LABELS, "teacher.cache=null", "data.max_documents=null"))},  # fmt: skip
     "own": {
-        "more": Arm("gkd", ("objective={kind: distill, alpha: 0.0}", "data.reads=conversations", "rollout=null")),
+        "more": Arm("gkd", ("objective={kind: distill, alpha: 0.0}", "data.reads=conversations", "data.max_documents=1000", "rollout=null")),
         "gkd": Arm("gkd"),
         "minillm": Arm("minillm"),
     },
@@ -55,7 +57,8 @@ def changes_of(group: str, name: str, seed: int, args: argparse.Namespace) -> li
     changes = [f"out={folder}", f"seed={seed}", f"teacher.path={teacher}", "eval.prompts=[]", *arm.changes]
     if group != "text":
         data = args.quickstart / "data"
-        changes += [f"data.train=[{data / 'sft.jsonl'}]", f"data.valid=[{data / 'sft-valid.jsonl'}]"]
+        train = args.out / "answers.jsonl" if name == "sequence" else data / "sft.jsonl"
+        changes += [f"data.train=[{train}]", f"data.valid=[{data / 'sft-valid.jsonl'}]"]
     if arm.recipe == "distill" and name == "distill":
         changes.append(f"teacher.cache={args.out / 'teacher'}")
     if group == "own":
@@ -88,6 +91,10 @@ def finish(group: str, name: str, seed: int, args: argparse.Namespace, judge: Ju
     record = run.with_suffix(".json")
     if record.is_file():
         return read_json(record)
+    if name == "sequence" and not (answers := args.out / "answers.jsonl").is_file():
+        asked, log = args.quickstart / "data" / "sft.jsonl", args.out / "answers.log"
+        spent, _ = zero2llm(["data", "answers", str(args.quickstart / "sft"), str(asked), "--out", str(answers), "--max-tokens", "64"], log)
+        print(f"the teacher answered {asked}: {spent:.0f} CPU s", flush=True)
     began = time.perf_counter()
     cpu, peak = zero2llm(["train", arm.recipe, *changes, "--quiet", "--overwrite"], run.with_suffix(".log"))
     took = time.perf_counter() - began
@@ -122,7 +129,7 @@ def picture(groups: dict[str, dict[str, list[dict]]]):
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(2.9 * len(groups), 2.4))
-    paints = [charts.PAINT["grey"], charts.PAINT["blue"], charts.PAINT["clay"]]
+    paints = [charts.PAINT[name] for name in ("grey", "blue", "clay", "green")]
     for ax, (group, runs) in zip(fig.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for paint, (name, found) in zip(paints, runs.items(), strict=False):
             points = [[point for point in run["curve"] if point[0]] for run in found] if group != "own" else [run["curve"] for run in found]
