@@ -43,7 +43,8 @@ GROUPS = {
     "answers": {"alone": Arm("distill", (LABELS, "teacher.cache=null")), "distill": Arm("distill"), "hidden": Arm("hidden"),
                 "sequence": Arm("distill", (LABELS, "teacher.cache=null", "data.max_documents=null"))},  # fmt: skip
     "own": {
-        "more": Arm("gkd", ("objective={kind: distill, alpha: 0.0}", "data.reads=conversations", "data.max_documents=1000", "rollout=null")),
+        "more": Arm("gkd", ("objective={kind: distill, alpha: 0.0}", "data.reads=conversations", "data.max_documents=1000", "rollout=null",
+                            "batch_tokens=4096")),  # fmt: skip
         "gkd": Arm("gkd"),
         "minillm": Arm("minillm"),
     },

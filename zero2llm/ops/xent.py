@@ -107,5 +107,7 @@ def token_logps(
 
 def _chunk_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, temperature: float) -> Tensor:
     logits = F.linear(hidden, weight)
-    logits = cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap) / temperature
+    logits = cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    if temperature != 1:
+        logits = logits / temperature
     return -F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")

@@ -156,7 +156,7 @@ class Rollouts:
             order = torch.randperm(blank, generator=generator) if self.cfg.minibatches > 1 else torch.arange(blank)
             for part in order.tensor_split(self.cfg.minibatches):
                 missing = -len(part) % self.world.size if len(part) else self.world.size
-                part = torch.cat((part, torch.full((missing,), blank)))
+                part = torch.cat((part.sort().values, torch.full((missing,), blank)))  # answers to one prompt side by side: it is read once
                 rows = batch.rows((part[:, None] * unit + torch.arange(unit)).flatten())
                 out.append(replace(rows, extra=rows.extra | {"fresh": torch.full((len(rows),), float(not out))}))
         return out
