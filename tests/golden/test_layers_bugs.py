@@ -157,7 +157,7 @@ def padding_is_written_to_the_cache(patch):
 
 
 def a_new_document_sees_the_old_cache(patch):
-    patch.setattr(KVState, "_stored_positions", lambda self, pos: torch.arange(self.slots).expand(len(pos), -1))
+    patch.setattr(KVState, "_stored_positions", lambda self, last, seq: torch.arange(self.slots).expand(len(last), -1))
 
 
 BUGS = {  # bug -> checks that must catch it; "hand_formula" alone = it passes every law
