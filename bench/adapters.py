@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from turns import Serving, compare, parser, report, table
+from results import report, table
+from turns import Serving, compare, parser
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from turns import Serving, compare, parser, report, table
+from results import report, table
+from turns import Serving, compare, parser
 
 KINDS, WARM = ("dpo", "dpo_stored", "grpo", "grpo_kl"), 3
 

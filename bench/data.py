@@ -23,7 +23,8 @@ import zlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-from turns import Serving, compare, parser, report, table
+from results import report, table
+from turns import Serving, compare, parser
 
 CANDIDATES = "datasketch,datasketch+crc32,handwritten,handwritten+1,rensa,rensa+1"
 PARTS = "sign,dedup"

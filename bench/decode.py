@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from turns import Serving, compare, parser, report, table
+from results import report, table
+from turns import Serving, compare, parser
 
 PROMPT, FEW, MANY = 32, 2, 34
 CANDIDATES = "hf_dynamic,hf_static,litgpt,ours"

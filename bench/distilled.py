@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from gains import Judge, spread, zero2llm
-from turns import machine
+from results import machine
 
 from zero2llm.core.files import read_json, write_atomic
 from zero2llm.lab import charts
@@ -132,7 +132,7 @@ def picture(groups: dict[str, dict[str, list[dict]]]):
     fig = Figure(figsize=(2.9 * len(groups), 2.4))
     paints = [charts.PAINT[name] for name in ("grey", "blue", "clay", "green")]
     for ax, (group, runs) in zip(fig.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        for paint, (name, found) in zip(paints, runs.items(), strict=False):
+        for paint, (name, found) in zip(paints[: len(runs)], runs.items(), strict=True):
             points = [[point for point in run["curve"] if point[0]] for run in found] if group != "own" else [run["curve"] for run in found]
             steps = [step for step, _ in points[0]]
             values = [[one[at][1] for one in points] for at in range(len(steps))]

@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from turns import machine
+from results import machine
 
 from zero2llm.core.files import read_json, write_atomic
 from zero2llm.lab import charts

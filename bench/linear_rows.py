@@ -15,7 +15,8 @@ import json
 import time
 from collections.abc import Callable
 
-from turns import machine, parser
+from results import machine
+from turns import parser
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (1024, 384), (2048, 2048), (49152, 576))  # (N, K)
 ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 128)

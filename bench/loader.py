@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from turns import machine, parser
+from results import machine
+from turns import parser
 
 
 def timed(work, rounds: int) -> float:

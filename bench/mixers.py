@@ -17,7 +17,8 @@ import json
 import statistics
 import time
 
-from turns import machine, parser
+from results import machine
+from turns import parser
 
 LENGTHS = (512, 1024, 2048, 4096)
 STEPS = 1024

@@ -14,8 +14,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
+from results import report, table
 from train_step import Batches, tokens_of, train_peer
-from turns import Serving, compare, parser, report, table
+from turns import Serving, compare, parser
 
 
 @dataclass(frozen=True)

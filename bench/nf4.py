@@ -21,7 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
-from turns import Serving, compare, parser, peak_rss_mb, release_memory, report, table
+from results import report, table
+from turns import Serving, compare, parser, peak_rss_mb, release_memory
 
 CANDIDATES = "full+mb1,full+mb1+lean,lora+mb1,lora+mb1+lean,nf4+mb1,nf4+mb1+lean,nf4+mb1+lean+bitsandbytes"
 RANK = 16

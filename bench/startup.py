@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 
-from turns import machine, parser
+from results import machine
+from turns import parser
 
 RUN = "import sys; from zero2llm.cli import main; sys.argv[0] = 'zero2llm'; main()"
 COMMANDS = {

@@ -26,7 +26,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from turns import Serving, Worker, machine, parser
+from results import machine
+from turns import Serving, Worker, parser
 
 EOS = "<|endoftext|>"
 

@@ -19,7 +19,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from turns import Serving, compare, machine, parser, report, table
+from results import machine, report, table
+from turns import Serving, compare, parser
 
 LANGUAGES = {"en": ("embedded:en_austen", "embedded:en_moby_dick"), "zh": ("embedded:zh_songci", "embedded:zh_classical_prose")}
 CANDIDATES = "textbook,handwritten,tokenizers,rustbpe"

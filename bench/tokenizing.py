@@ -16,7 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-from turns import Serving, compare, parser, report, table
+from results import report, table
+from turns import Serving, compare, parser
 
 SIZE = {"encode": 4_000_000, "corpus": 16_000_000, "train": 2_000_000}  # bytes of text in a turn
 SMALL = 60_000

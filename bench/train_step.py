@@ -18,7 +18,8 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from turns import Serving, compare, parser, report, table
+from results import report, table
+from turns import Serving, compare, parser
 
 Batches = Iterable[int]  # the timer: each item asks for one training step
 

@@ -1,8 +1,7 @@
-"""Score heads through the whole path: reward models and critics beside an adapter, their checkpoints, exports and what comes back."""
+"""Score heads in training: reward models and critics beside an adapter, their checkpoints and what comes back."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,70 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
-import zero2llm
-from tests.contract.stages import kill_and_resume, recipe, write_data
+from tests.contract.scores import HEAD, KINDS, OFTEN, close, made, prepared, run
+from tests.contract.stages import kill_and_resume
 from tests.contract.test_resume import ENV
-from zero2llm.core.files import load_tensors, read_json
-from zero2llm.core.seq import Seq
+from zero2llm.core.files import load_tensors
 from zero2llm.lab import stage
-from zero2llm.lab.bring import import_adapter, import_checkpoint
-from zero2llm.lab.convert import export_checkpoint, merge_checkpoint
-from zero2llm.lab.verify import verify_export
+from zero2llm.lab.convert import merge_checkpoint
 from zero2llm.model.heads import ScoreHead
 from zero2llm.train import adapted, checkpoint
 from zero2llm.train.checkpoint import Checkpoint, candidates, latest
 from zero2llm.train.telemetry import read_metrics
 
-OFTEN = {"every_s": 0.0, "keep": 20}
-LORA = {"kind": "lora", "r": 4, "alpha": 8}
-KINDS = {"lora": LORA, "dora": {"kind": "dora", "r": 4}, "pissa": {"kind": "pissa", "r": 4}, "adalora": {"kind": "adalora", "init_r": 4, "target_r": 2, "final": 1}}
-HEAD = {"score.weight", "score.bias"}
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("scores")
-    write_data(root / "data")
-    lines = [json.loads(line) for line in (root / "data" / "pairs.jsonl").read_text("utf-8").splitlines()]
-    good = [r | {"chosen": r["chosen"] + " 海"} for r in lines]  # a difference that can be learned
-    (root / "data" / "good.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good), "utf-8")
-    prompts = [json.dumps({"prompt": f"the sea {'and the ship ' * (i % 3)}{i}", "answer": "the"}) for i in range(40)]
-    (root / "data" / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
-    zero2llm.run(zero2llm.make_recipe(**recipe(root, "pretrain")), quiet=True)
-    return root
-
-
-def made(root: Path, out: Path, kind: str, adapter: dict | None = LORA, **changes) -> dict:
-    data = {
-        "out": str(out), "init": str(root / "pretrain"), "objective": {"kind": kind}, "optim": {"kind": "adamw", "lr": 0.02},
-        "fit": {"steps": 3, "micro_rows": 8}, "seq_len": 64, "device": "cpu", "eval": {"every": 9}, "save": {"every_s": 60.0, "keep": 9},
-    } | ({"adapter": adapter} if adapter else {})  # fmt: skip
-    if kind == "ppo":
-        data |= {
-            "data": {"train": [str(root / "data" / "prompts.jsonl")], "valid_fraction": 0.2},
-            "rollout": {"prompts": 4, "samples": 4, "max_tokens": 6, "minibatches": 2},
-            "reward": [{"kind": "overlong", "limit": 6, "buffer": 6}, {"kind": "regex", "pattern": ".*e.*", "weight": 0.5}],
-        }
-    else:
-        data |= {"data": {"train": [str(root / "data" / "good.jsonl")], "valid_fraction": 0.2}, "batch_tokens": 256}
-    return data | changes
-
-
-def run(*args, resume: bool = False, **changes):
-    return zero2llm.run(zero2llm.make_recipe(**made(*args, **changes)), resume=resume, quiet=True)
-
-
-@torch.no_grad()
-def values(model) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = model.eval()(torch.arange(4, 24).view(1, -1), Seq.rows(1, 20))[0]
-    return model.score(hidden), model.logits(hidden)
-
-
-def close(a, b) -> None:
-    for x, y in zip(values(a), values(b), strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    return prepared(tmp_path_factory.mktemp("scores"))
 
 
 @pytest.mark.parametrize("objective", ["reward", "ppo"])
@@ -183,102 +134,6 @@ def test_two_ranks_are_one_process(root, tmp_path, objective):
         torch.testing.assert_close(got[name], want[name], atol=5e-5, rtol=0)
 
 
-def said(capsys) -> str:
-    return " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("adapter,formats", [(None, ("hf",)), (LORA, ("hf", "gguf")), pytest.param(None, ("hf", "gguf", "onnx"), marks=pytest.mark.slow)])
-def test_a_critic_stays_behind_and_that_is_said(root, tmp_path, adapter, formats, capsys):
-    from transformers import AutoModelForCausalLM
-
-    done = run(root, tmp_path / "run", "ppo", adapter, fit={"steps": 2, "micro_rows": 8})
-    capsys.readouterr()
-    for to in formats:
-        export_checkpoint(tmp_path / "run", tmp_path / ("m.gguf" if to == "gguf" else to), to)
-        assert "left out: the score head (17 values)" in said(capsys), to
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    tokens = torch.arange(4, 24).view(1, -1)
-    torch.testing.assert_close(theirs(tokens).logits, values(done.model)[1], atol=1e-4, rtol=1e-4)
-    if adapter is not None:
-        export_checkpoint(root / "pretrain", tmp_path / "base")
-        export_checkpoint(tmp_path / "run", tmp_path / "peft", "peft", base=str(tmp_path / "base"))
-        assert "left out: the score head" in said(capsys)
-        settings = read_json(tmp_path / "peft" / "adapter_config.json")
-        assert settings["task_type"] == "CAUSAL_LM" and settings["modules_to_save"] is None
-
-
-@torch.no_grad()
-def their_scores(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification.from_pretrained(folder).eval()(tokens).logits[:, 0]
-
-
-def score_of(model, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.score(model(tokens, Seq.rows(*tokens.shape))[0])[:, -1] - model.score.bias
-
-
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_a_reward_model_goes_out_as_a_classifier_and_comes_back(root, tmp_path, adapter, capsys):
-    done = run(root, tmp_path / "run", "reward", adapter, objective={"kind": "reward", "center": 0.01})
-    capsys.readouterr()
-    export_checkpoint(tmp_path / "run", tmp_path / "hf")
-    shown = said(capsys)
-    assert "AutoModelForSequenceClassification" in shown and f"the bias {float(done.model.score.bias.detach()):g} of the score head" in shown
-    tokens = torch.arange(4, 24).view(2, -1)
-    torch.testing.assert_close(their_scores(tmp_path / "hf", tokens), score_of(done.model, tokens), atol=1e-5, rtol=1e-4)
-    import_checkpoint(str(tmp_path / "hf"), tmp_path / "again")
-    assert "a reward model" in said(capsys)
-    back = Checkpoint.open(tmp_path / "again").load_model()
-    torch.testing.assert_close(score_of(back, tokens), score_of(done.model, tokens), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="no GGUF export of a reward model"):
-        export_checkpoint(tmp_path / "run", tmp_path / "m.gguf", "gguf")
-    with pytest.raises(ValueError, match="score_head: it gives scores, not logits; a reward model is written for transformers"):
-        export_checkpoint(tmp_path / "run", tmp_path / "onnx", "onnx")
-    assert not (tmp_path / "m.gguf").exists() and not (tmp_path / "onnx").exists()
-    more = run(root, tmp_path / "more", "reward", None, init=str(tmp_path / "again"), fit={"steps": 1, "micro_rows": 8})
-    assert more.model.cfg.score_head == "reward", "what was imported trains on"
-
-
-def test_an_adapter_goes_to_peft_with_its_head_and_comes_back(root, tmp_path, capsys):
-    done = run(root, tmp_path / "run", "reward")
-    export_checkpoint(root / "pretrain", tmp_path / "base")
-    capsys.readouterr()
-    export_checkpoint(tmp_path / "run", tmp_path / "peft", "peft", base=str(tmp_path / "base"))
-    assert "num_labels=1 and pad_token_id=1" in said(capsys)
-    assert read_json(tmp_path / "peft" / "adapter_config.json")["task_type"] == "SEQ_CLS"
-    import_adapter(tmp_path / "peft", root / "pretrain", tmp_path / "again")
-    tokens = torch.arange(4, 24).view(2, -1)
-    back = Checkpoint.open(tmp_path / "again").load_model()
-    assert back.cfg.score_head == "reward"
-    torch.testing.assert_close(score_of(back, tokens), score_of(done.model, tokens), atol=1e-5, rtol=1e-4)
-
-
-def test_verify_export_compares_scores_and_notices(root, tmp_path, capsys):
-    run(root, tmp_path / "reward", "reward")
-    run(root, tmp_path / "ppo", "ppo", None, fit={"steps": 1, "micro_rows": 8})
-    for name in ("reward", "ppo"):
-        export_checkpoint(tmp_path / name, tmp_path / f"{name}-hf")
-        assert verify_export(tmp_path / f"{name}-hf", tmp_path / name, tokens=4), said(capsys)
-    file = tmp_path / "reward-hf" / "model.safetensors"
-    state = load_file(file)
-    save_file(state | {"score.weight": state["score.weight"] * 1.01}, file, {"format": "pt"})
-    assert not verify_export(tmp_path / "reward-hf", tmp_path / "reward") and "FAILED: weights read back, scores" in said(capsys)
-    with pytest.raises(ValueError, match="of a reward model only a folder of transformers can be checked, not peft"):
-        export_checkpoint(root / "pretrain", tmp_path / "base")
-        export_checkpoint(tmp_path / "reward", tmp_path / "peft", "peft", base=str(tmp_path / "base"))
-        verify_export(tmp_path / "peft", tmp_path / "reward")
-
-
-def test_trained_on_as_a_language_model_it_is_exported_as_one(root, tmp_path, capsys):
-    run(root, tmp_path / "reward", "reward", None, fit={"steps": 2, "micro_rows": 8})
-    run(root, tmp_path / "dpo", "dpo", None, init=str(tmp_path / "reward"), fit={"steps": 2, "micro_rows": 8})
-    export_checkpoint(tmp_path / "dpo", tmp_path / "hf")
-    assert "left out: the score head" in said(capsys)
-    assert read_json(tmp_path / "hf" / "config.json")["architectures"] == ["Qwen3ForCausalLM"]
-
-
 def test_a_damaged_head_is_named(root, tmp_path):
     done = run(root, tmp_path / "run", "reward", fit={"steps": 1, "micro_rows": 8})
     found = Checkpoint.open(done.checkpoint)
@@ -337,26 +192,18 @@ BUGS = {
     "the head is stored, not loaded": (head_not_loaded, "learns"),
     "the head begins anew on resuming": (head_not_resumed, "resumes"),
     "a new head is drawn, not 0": (drawn, "accuracy"),
-    "a critic is taken for a reward model": (
-        lambda m: m.setattr(stage, "critic", lambda model, wanted: adapted.add_score(model, "reward") if wanted else None), "critic",
-    ),
     "the reference wears the adapter": (lambda m: m.setattr("zero2llm.train.adapted.disabled", lambda model: torch.no_grad()), "reference"),
-    "dpo leaves a reward model": (
-        lambda m: m.setattr(stage, "score_only", lambda model, wanted: adapted.add_score(model, "reward") if wanted or model.score else None), "later",
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_bugs_are_caught(root, tmp_path, bug, monkeypatch, capsys):
+def test_bugs_are_caught(root, tmp_path, bug, monkeypatch):
     plant, check = BUGS[bug]
     checks = {
         "learns": lambda: test_the_head_learns_beside_the_adapter_and_is_kept(root, tmp_path, "reward", "lora"),
         "resumes": lambda: test_resumes_to_the_bit(root, tmp_path, "reward"),
         "accuracy": lambda: test_a_reward_model_learns(root, tmp_path),
-        "critic": lambda: test_a_critic_stays_behind_and_that_is_said(root, tmp_path, None, ("hf",), capsys),
         "reference": lambda: test_the_reference_of_ppo_is_the_base_and_stays(root, tmp_path),
-        "later": lambda: test_trained_on_as_a_language_model_it_is_exported_as_one(root, tmp_path, capsys),
     }
     plant(monkeypatch)
     with pytest.raises((AssertionError, ValueError)):

@@ -33,21 +33,20 @@ class Prompts(NamedTuple):
 
 
 def shared_prompts(model: nn.Module, batch: Batch) -> Prompts | None:
-    """The prompts of a batch, if reading each once is possible and worth it."""
+    """The prompts of a padded batch (``seq.seg`` is there), if reading each once is possible and worth it."""
     seq, labelled = batch.seq, batch.labels != IGNORE
-    if torch.compiler.is_compiling() or len(batch) < 2 or seq.grid is not None or not getattr(model, "continues", False):
+    if len(batch) < 2 or seq.grid is not None or not getattr(model, "continues", False):
         return None
     column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    if (seq.pos != column).any() or (seq.seg is not None and (seq.seg > 1).any()) or not labelled.any(1).all():
+    if (seq.pos != column).any() or (seq.seg > 1).any() or not labelled.any(1).all():
         return None
-    ends = (torch.ones_like(seq.pos) if seq.seg is None else seq.seg).sum(1)
     lengths = labelled.int().argmax(1) + 1  # up to the token that predicts the first label
     before = torch.where(column < lengths[:, None], batch.tokens, -1)[:, : int(lengths.max())]
     different, of = before.unique(dim=0, return_inverse=True)
     once = (different >= 0).sum(1)
-    if lengths.sum() - once.sum() < WORTH * ends.sum():
+    if lengths.sum() - once.sum() < WORTH * seq.seg.sum():
         return None
-    return Prompts(different.clamp(min=0), once, of, ends)
+    return Prompts(different.clamp(min=0), once, of, seq.seg.sum(1))
 
 
 def hidden_of_shared(model: nn.Module, batch: Batch, prompts: Prompts) -> Tensor:
