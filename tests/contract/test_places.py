@@ -56,6 +56,8 @@ def test_generated_files_below_a_file(tmp_path):
     [
         (["objective.kind=grppo"], ["command line, 'objective.kind=grppo': objective.kind = 'grppo' is not available; there are: 'clm'"]),
         (["adapter={kind: loar}"], ["command line, 'adapter={kind: loar}': adapter.kind = 'loar'", "'lora'"]),
+        (["data.max_documents=-3"], ["data.max_documents = -3 must be positive"]),
+        (["data.valid_rows=0"], ["data.valid_rows = 0 must be positive"]),
         (["data.train=[]"], ["sft.yaml, line", "and command line, 'data.train=[]': data: data.train is empty"]),
         (["adapter.kind=lora", "adapter.r=0"], ["command line: adapter: an adapter needs r = 0"]),
         (["seq_len=99999"], ["sft.yaml, line", "and command line, 'seq_len=99999': batch_tokens = 2048 must be a multiple of seq_len = 99999"]),

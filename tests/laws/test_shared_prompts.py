@@ -26,6 +26,12 @@ from zero2llm.train.objectives.reference import Frozen
 WHOLE = ("moe", "dsa", "batch norm")  # begin the names of cases in which something looks at all tokens
 
 
+@pytest.fixture(autouse=True)
+def however_few(monkeypatch):
+    """Batches here are small on purpose."""
+    monkeypatch.setattr(shared, "LEAST", 0)
+
+
 def rows(prompts=(9, 13), of=(0, 0, 1, 0, 1, 1), ends=(30, 17, 25, 11, 14, 28), width: int = 33, vocab: int = 29) -> Batch:
     """Rows that begin with one of ``prompts`` (lengths), not next to each other; labels on all that follows."""
     generator = torch.Generator().manual_seed(3)
@@ -185,6 +191,14 @@ def test_what_is_not_shared():
         assert shared.shared_prompts(model, other) is None
         whole = model(other.tokens, other.seq)[0]
         torch.testing.assert_close(hidden_states(model, other)[0][other.seq.seg != 0], whole[other.seq.seg != 0], atol=1e-12, rtol=0)
+
+
+def test_few_tokens_are_read_whole(monkeypatch):
+    model, batch = tiny(29), rows()
+    saved = 2 * 9 + 2 * 13  # rows 0, 1, 3 begin with 9 tokens and rows 2, 4, 5 with 13; one of each is read
+    for least, taken in ((saved, True), (saved + 1, False)):
+        monkeypatch.setattr(shared, "LEAST", least)
+        assert (shared.shared_prompts(model, batch) is not None) == taken
 
 
 def test_the_base_under_an_adapter_shares_too():

@@ -67,7 +67,8 @@ class DataConfig:
             raise ValueError("data.train_on: all trains every token, thoughts too; remove train_thinking: false, or take train_on: assistant")
         if self.valid == ():
             raise ValueError("data.valid is empty; leave the key out to hold out a share of data.train")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"data.workers = {self.workers} must be positive")
+        for key in ("workers", "valid_rows", "max_documents"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"data.{key} = {value} must be positive")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"data.valid_fraction = {self.valid_fraction} must lie between 0 and 1")
