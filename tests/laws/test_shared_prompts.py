@@ -196,7 +196,7 @@ def test_what_is_not_shared():
 def test_few_tokens_are_read_whole(monkeypatch):
     model, batch = tiny(29), rows()
     saved = 2 * 9 + 2 * 13  # rows 0, 1, 3 begin with 9 tokens and rows 2, 4, 5 with 13; one of each is read
-    for least, taken in ((saved, True), (saved + 1, False)):
+    for least, taken in ((saved * model.cfg.d_model, True), (saved * model.cfg.d_model + 1, False)):
         monkeypatch.setattr(shared, "LEAST", least)
         assert (shared.shared_prompts(model, batch) is not None) == taken
 
