@@ -167,6 +167,22 @@ def test_mistakes_are_named(root, tmp_path, name, changes, words):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("distill", {"teacher": {"path": "no/such"}}, "no/such"),
+        ("distill", {"seq_len": 80, "batch_tokens": 800}, "longer than the teacher"),
+        ("hidden", {"objective": {"kind": "hidden", "layers": [[0, 5]]}}, r"\[0, 5\]; the student has 2 blocks"),
+        ("minillm", {"rollout": ROLLOUT | {"temperature": 0.7}}, "take 1"),
+    ],
+)
+def test_the_teacher_is_looked_at_before_the_data(root, tmp_path, name, changes, words):
+    made = student(root, name, tmp_path / "run") | changes
+    made["data"]["train"] = ["not/there.jsonl"]
+    with pytest.raises(ValueError, match=words):
+        zero2llm.run(zero2llm.make_recipe(**made), quiet=True)
+
+
 def test_another_vocabulary_is_refused_before_training(root, tmp_path):
     other = recipe(root, "pretrain", out=str(tmp_path / "other"), seed=2, tokenizer={"vocab_size": 300, "split": "gpt2"})
     other["data"] = {"train": [str(root / "data" / "pairs.jsonl")], "valid_fraction": 0.2, "field": "chosen"}

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
 
 from zero2llm.core.device import give_back_memory, pick_dtype
@@ -17,7 +18,14 @@ from zero2llm.parallel.plan import World
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.distill.answers import AnswerPrompts, OwnAnswers
 from zero2llm.train.distill.cache import write_cache
-from zero2llm.train.distill.hidden import HiddenConfig, HiddenMatch, fit_projections, load_projections, save_projections
+from zero2llm.train.distill.hidden import (
+    HiddenConfig,
+    HiddenMatch,
+    check_width,
+    fit_projections,
+    load_projections,
+    save_projections,
+)
 from zero2llm.train.distill.logits import DistillConfig
 from zero2llm.train.distill.minillm import MiniLLMConfig
 from zero2llm.train.distill.teacher import Teacher, load_teacher
@@ -26,11 +34,27 @@ from zero2llm.train.loss import Objective
 LOOKED_AT = 256  # rows that projections are fitted on
 
 
-def taught(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets, run: Path) -> tuple[Objective, Sets]:
-    """The objective, and the batches as it wants them. Raises ValueError for a teacher that cannot teach this student."""
-    teacher, weights = load_teacher(recipe.teacher.path, tokenizer, model.embed.weight.device)
+Known = tuple[Teacher, str]  # a teacher, and the hash of its weights
+
+
+def find_teacher(recipe: Recipe, model: LM, tokenizer: Tokenizer, device: torch.device) -> Known | None:
+    """The recipe's teacher, if it has one. Raises ValueError, before any data is read, for one that cannot teach this student."""
+    if recipe.teacher is None:
+        return None
+    teacher, weights = load_teacher(recipe.teacher.path, tokenizer, device)
     if recipe.seq_len > teacher.model.cfg.max_len:
         raise ValueError(f"seq_len = {recipe.seq_len} is longer than the teacher {recipe.teacher.path} reads: {teacher.model.cfg.max_len}")
+    if isinstance(recipe.objective, HiddenConfig):
+        recipe.objective.between(len(model.blocks), len(teacher.model.blocks))
+        check_width(teacher.model, model.cfg.d_model)
+    if isinstance(recipe.objective, MiniLLMConfig):
+        recipe.objective.sampler(model, teacher, recipe.rollout.temperature)
+    return teacher, weights
+
+
+def taught(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets, run: Path, known: Known) -> tuple[Objective, Sets]:
+    """The objective, and the batches as it wants them."""
+    teacher, weights = known
     if isinstance(recipe.objective, DistillConfig):
         if recipe.teacher.cache is None:
             return recipe.objective.build(teacher), sets

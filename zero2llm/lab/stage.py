@@ -21,8 +21,8 @@ from zero2llm.core.log import console
 from zero2llm.core.seeds import seed_all
 from zero2llm.engine.engine import Engine
 from zero2llm.engine.sampling import Sampling
-from zero2llm.lab.distill import taught
-from zero2llm.lab.objectives import Referred, Taught, scores
+from zero2llm.lab.distill import Known, find_teacher, taught
+from zero2llm.lab.objectives import Referred, scores
 from zero2llm.lab.online import answered, critic, make_optim, online, train
 from zero2llm.lab.preference import referred, score_only
 from zero2llm.lab.recipe import Recipe
@@ -123,11 +123,11 @@ def run_stage(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     world.barrier()
     seed_all(recipe.seed)
     model, tokenizer, tokenizer_dir, parent = start_model(recipe, run)
+    teacher = find_teacher(recipe, model, tokenizer, device)
     adapter = start_adapter(recipe, model, parent, quiet or world.rank > 0)
     sets = build_sets(recipe, tokenizer, run, world)
-    model = model.to(device)
-    optim = make_optim(recipe, model)
-    objective, sets = _objective(recipe, model, tokenizer, sets, parent, run)
+    optim = make_optim(recipe, model.to(device))
+    objective, sets = _objective(recipe, model, tokenizer, sets, parent, run, teacher)
     seed_all(recipe.seed + world.rank)
     state, steps = FitState(), recipe.fit.steps
     if resume and (found := latest(run)):
@@ -174,10 +174,10 @@ def start_adapter(recipe: Recipe, model: LM, parent: str | None, quiet: bool) ->
     return run
 
 
-def _objective(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets, parent: str | None, run: Path) -> tuple[Objective, Sets]:
+def _objective(recipe: Recipe, model: LM, tokenizer: Tokenizer, sets: Sets, parent: str | None, run: Path, teacher: Known | None) -> tuple[Objective, Sets]:
     """What is trained, and the batches as it wants them."""
-    if isinstance(recipe.objective, Taught):
-        made, sets = taught(recipe, model, tokenizer, sets, run)
+    if teacher is not None:
+        made, sets = taught(recipe, model, tokenizer, sets, run, teacher)
     elif recipe.rollout is not None:
         made, sets = online(recipe, model, tokenizer, sets)
     elif isinstance(recipe.objective, Referred):

@@ -98,12 +98,18 @@ def real(batch: Batch) -> Tensor:
     return torch.ones_like(batch.tokens, dtype=torch.bool) if batch.seq.seg is None else batch.seq.seg != 0
 
 
-@torch.no_grad()
-def fit_projections(teacher: nn.Module, batches: Iterable[Batch], blocks: Sequence[int], width: int) -> dict[int, Projection]:
-    """Of each of the teacher's ``blocks``, from one pass. Raises ValueError for a student that is wider than its teacher."""
+def check_width(teacher: nn.Module, width: int) -> int:
+    """The teacher's width. Raises ValueError for a student that is wider."""
     own = teacher.cfg.d_model
     if width > own:
         raise ValueError(f"the student is wider ({width}) than its teacher ({own}): hidden states have nothing to match it with; take objective distill")
+    return own
+
+
+@torch.no_grad()
+def fit_projections(teacher: nn.Module, batches: Iterable[Batch], blocks: Sequence[int], width: int) -> dict[int, Projection]:
+    """Of each of the teacher's ``blocks``, from one pass. Raises ValueError for a student that is wider than its teacher."""
+    own = check_width(teacher, width)
     moments, n = {j: torch.zeros(own, own, dtype=torch.float64) for j in blocks}, 0
     for batch in batches:
         with tapped(teacher, blocks) as states:
