@@ -84,6 +84,23 @@ def test_every_objective_trains(root, tmp_path, name):
         assert len(list((tmp_path / "run" / "data").glob("projections-*"))) == 1
 
 
+@pytest.mark.parametrize("name", ["documents", "packed", "hidden"])
+def test_sources_with_weights(root, tmp_path, name):
+    """A mixture is distilled as one source is, from a cache too: it resumes, and its steps are those of the running teacher."""
+    text, found = [str(root / "data" / "text.jsonl")], []
+    parts = [{"name": "one", "train": text, "weight": 3.0}, {"name": "two", "train": [str(root / "data" / "more.jsonl")], "weight": 1.0}]
+    lines = (root / "data" / "text.jsonl").read_text().splitlines()
+    (root / "data" / "more.jsonl").write_text("\n".join(line.replace("the", "a") for line in lines) + "\n")
+    for cache in (True, False) if name == "packed" else (False,):
+        made = student(root, name, tmp_path / f"run{cache}")
+        made["data"] = {"mixture": parts, "valid_fraction": 0.2, "reads": "documents", "packing": made["data"].get("packing", "concat")}
+        made["teacher"] = {key: value for key, value in made["teacher"].items() if cache or key != "cache"}
+        done = zero2llm.run(zero2llm.make_recipe(**made), quiet=True)
+        assert done.valid["valid_divergence"] > 0
+        found.append([r["divergence"] for r in read_metrics(tmp_path / f"run{cache}" / "metrics.jsonl", "train")])
+    assert found[0] == pytest.approx(found[-1], rel=2e-3)
+
+
 def test_a_cached_teacher_makes_the_steps_of_the_running_one(root, tmp_path):
     """Up to fp16, in which its log-probabilities are kept; the second student asks nothing of the teacher."""
     found = []

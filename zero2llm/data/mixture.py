@@ -59,7 +59,7 @@ class MixtureRows:
             check_weights(phase.weights, len(sources))
         if any(source.unit != 1 for source in sources):
             raise ValueError("preference pairs cannot be mixed with weights: give their files in one list")
-        self.sources, self.phases = sources, phases
+        self.sources, self.phases, self.seed = sources, phases, seed
         self.identity = {"sources": [s.identity for s in sources], "phases": [[p.start, *p.weights] for p in phases]}
         self.blocks = []  # of each phase: (BLOCK,) which source, (BLOCK + 1, n) rows of each source before
         for number, phase in enumerate(phases):
@@ -71,6 +71,10 @@ class MixtureRows:
     def __len__(self) -> int:
         """Rows of one pass over as much data as there is; a source with a high weight repeats before it ends."""
         return sum(map(len, self.sources))
+
+    def over(self, sources: Sequence[Rows]) -> MixtureRows:
+        """The same mixture of the same rows with more about them, say what a teacher says."""
+        return MixtureRows(sources, self.phases, self.seed)
 
     def before(self, g: int) -> np.ndarray:
         """(n,) rows of each source among the first ``g``."""
@@ -103,4 +107,5 @@ class MixtureRows:
                 where += mine
         back = torch.tensor(where).argsort()
         tokens, labels, seg = (torch.cat(x)[back] for x in zip(*((p.tokens, p.labels, p.seq.seg) for p in parts), strict=True))
-        return Batch(tokens, labels, Seq.of_segments(seg))
+        extra = {name: torch.cat([p.extra[name] for p in parts])[back] for name in parts[0].extra}
+        return Batch(tokens, labels, Seq.of_segments(seg), extra)

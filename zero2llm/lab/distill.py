@@ -11,13 +11,15 @@ from rich.progress import Progress
 
 from zero2llm.core.device import give_back_memory, pick_dtype
 from zero2llm.core.log import console, err_console
+from zero2llm.data.mixture import MixtureRows
+from zero2llm.data.rows import Rows
 from zero2llm.lab.recipe import Recipe
 from zero2llm.lab.sets import Sets, loaders
 from zero2llm.model.lm import LM
 from zero2llm.parallel.plan import World
 from zero2llm.tokenizers.tokenizer import Tokenizer
 from zero2llm.train.distill.answers import AnswerPrompts, OwnAnswers
-from zero2llm.train.distill.cache import write_cache
+from zero2llm.train.distill.cache import CachedRows, write_cache
 from zero2llm.train.distill.hidden import (
     HiddenConfig,
     HiddenMatch,
@@ -70,19 +72,25 @@ def cached(recipe: Recipe, cfg: DistillConfig, teacher: Teacher, weights: str, s
     how = {"k": cfg.top_k, "temperature": cfg.temperature, "micro_rows": recipe.fit.micro_rows, "device": device}
     how["dtype"], found = pick_dtype(recipe.fit.dtype, device), []
     with Progress(console=err_console(), transient=True, disable=World.current().rank > 0) as bar:
-        for name, rows in zip(("training", "held-out"), sets.rows, strict=True):
+
+        def kept(rows: Rows, name: str) -> CachedRows:
             task = bar.add_task(f"the teacher reads {name} rows", total=len(rows))
-            tell = lambda done, total, task=task: bar.update(task, completed=done, total=total)
-            found.append(write_cache(teacher, weights, rows, Path(recipe.teacher.cache), tell=tell, **how))
-    kept = found[0].summary()
-    if World.current().rank == 0:
+            tell = lambda done, total: bar.update(task, completed=done, total=total)
+            return write_cache(teacher, weights, rows, Path(recipe.teacher.cache), tell=tell, **how)
+
+        for name, rows in zip(("training", "held-out"), sets.rows, strict=True):
+            mixed = isinstance(rows, MixtureRows)
+            found.append(rows.over([kept(source, name) for source in rows.sources]) if mixed else kept(rows, name))
+    parts = found[0].sources if isinstance(found[0], MixtureRows) else found[:1]
+    for part in parts if World.current().rank == 0 else ():
+        about = part.summary()
         console().print(
-            f"teacher kept in {found[0].folder}: top {cfg.top_k} of {kept['tokens']:,} tokens, {kept['bytes'] / 1e6:,.1f} MB; "
-            f"all others together have probability {kept['tail']:.2g}", markup=False, soft_wrap=True,
+            f"teacher kept in {part.folder}: top {cfg.top_k} of {about['tokens']:,} tokens, {about['bytes'] / 1e6:,.1f} MB; "
+            f"all others together have probability {about['tail']:.2g}", markup=False, soft_wrap=True,
         )  # fmt: skip
     teacher.model.to("meta")  # whoever still holds it holds no weights
     give_back_memory()
-    return cfg.build(found[0].teacher), loaders(recipe, *found, World.current())
+    return cfg.build(parts[0].teacher), loaders(recipe, *found, World.current())
 
 
 def matching(
