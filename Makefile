@@ -15,7 +15,7 @@ test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: .venv/.test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 .venv/.core: pyproject.toml constraints.txt
 	@echo "setting up .venv (once; a few minutes)"
