@@ -216,7 +216,7 @@ def picture(runs: dict[str, list[dict]], title: str):
     fig = Figure(figsize=(max(2.3 * across, 3.4), 1.55 * down + 0.35))
     axes = fig.subplots(down, across, squeeze=False, sharey=True).flatten()
     floor = 50 if all(value >= 0.5 for found in runs.values() for run in found for _, value in run["curve"]) else 0
-    for ax, (recipe, found) in zip(axes, runs.items(), strict=False):
+    for ax, (recipe, found) in zip(axes[: len(runs)], runs.items(), strict=True):
         steps = [step * found[0]["answers"] for step, _ in found[0]["curve"]]
         values = [[100 * run["curve"][at][1] for run in found] for at in range(len(steps))]
         paint = charts.PAINT["blue"]

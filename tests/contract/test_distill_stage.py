@@ -84,21 +84,38 @@ def test_every_objective_trains(root, tmp_path, name):
         assert len(list((tmp_path / "run" / "data").glob("projections-*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["documents", "packed", "hidden"])
-def test_sources_with_weights(root, tmp_path, name):
-    """A mixture is distilled as one source is, from a cache too: it resumes, and its steps are those of the running teacher."""
-    text, found = [str(root / "data" / "text.jsonl")], []
+def mixed(root, name: str, out, cache: bool) -> dict:
+    """A student on two sources with weights."""
+    text = [str(root / "data" / "text.jsonl")]
     parts = [{"name": "one", "train": text, "weight": 3.0}, {"name": "two", "train": [str(root / "data" / "more.jsonl")], "weight": 1.0}]
     lines = (root / "data" / "text.jsonl").read_text().splitlines()
     (root / "data" / "more.jsonl").write_text("\n".join(line.replace("the", "a") for line in lines) + "\n")
-    for cache in (True, False) if name == "packed" else (False,):
-        made = student(root, name, tmp_path / f"run{cache}")
-        made["data"] = {"mixture": parts, "valid_fraction": 0.2, "reads": "documents", "packing": made["data"].get("packing", "concat")}
-        made["teacher"] = {key: value for key, value in made["teacher"].items() if cache or key != "cache"}
-        done = zero2llm.run(zero2llm.make_recipe(**made), quiet=True)
-        assert done.valid["valid_divergence"] > 0
+    made = student(root, name, out)
+    made["data"] = {"mixture": parts, "valid_fraction": 0.2, "reads": "documents", "packing": made["data"].get("packing", "concat")}
+    made["teacher"] = {key: value for key, value in made["teacher"].items() if cache or key != "cache"}
+    return made
+
+
+@pytest.mark.parametrize("name", ["documents", "hidden"])
+def test_sources_with_weights(root, tmp_path, name):
+    done = zero2llm.run(zero2llm.make_recipe(**mixed(root, name, tmp_path / "run", False)), quiet=True)
+    assert done.valid["valid_divergence"] > 0
+    assert all(r["divergence"] > 0 for r in read_metrics(tmp_path / "run" / "metrics.jsonl", "train"))
+
+
+def test_a_cached_teacher_of_sources_with_weights(root, tmp_path):
+    """Its steps are those of the running teacher, each source is kept by itself, and other weights ask the teacher nothing."""
+    found = []
+    for cache in (True, False):
+        zero2llm.run(zero2llm.make_recipe(**mixed(root, "packed", tmp_path / f"run{cache}", cache)), quiet=True)
         found.append([r["divergence"] for r in read_metrics(tmp_path / f"run{cache}" / "metrics.jsonl", "train")])
-    assert found[0] == pytest.approx(found[-1], rel=2e-3)
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "teacher").rglob("*.safetensors")}
+    assert len({p.parent for p in files}) == 3, "two sources, and the held-out rows"
+    other = mixed(root, "packed", tmp_path / "other", True)
+    other["data"]["mixture"][0]["weight"] = 1.0
+    zero2llm.run(zero2llm.make_recipe(**other), quiet=True)
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "teacher").rglob("*.safetensors")}
 
 
 def test_a_cached_teacher_makes_the_steps_of_the_running_one(root, tmp_path):

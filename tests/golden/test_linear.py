@@ -12,37 +12,38 @@ ROWS = (1, 2, 4, 5, 8, 9, 48, 49, 64, 192, 193)  # on both sides of each thresho
 SHAPES = ((12, 20), (13, 20), (640, 400), (page.WIDE + 4, 24))  # (N, K): few, not divisible by four, above SMALL, wide
 
 
-def check(rows: tuple[int, ...], n: int, k: int, bias: bool) -> None:
+def off(rows: tuple[int, ...], n: int, k: int, bias: bool) -> float:
+    """The largest difference from the exact sums, in units of what fp32 may round away: right below 1."""
     x, w, b = torch.randn(*rows, k), torch.randn(n, k), torch.randn(n) if bias else None
     exact = (x.double()[..., None, :] * w.double()).sum(-1) + (b.double() if bias else 0)
     with torch.no_grad():
         found = page.linear(x, w, b)
     assert found.shape == exact.shape and found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), exact, atol=1e-6 * k, rtol=1e-5)
+    return float(((found - exact).abs() / (1e-6 * k + 1e-5 * exact.abs())).max())
 
 
 @pytest.mark.parametrize("n,k", SHAPES)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_every_number_of_rows(n, k, bias):
     for rows in ROWS:
-        check((rows, 1), n, k, bias)
+        assert off((rows, 1), n, k, bias) < 1, f"{rows} rows"
 
 
 def check_one():
-    check((1,), 640, 400, False)
-    check((1, 1), page.WIDE + 4, 24, True)
+    assert off((1,), 640, 400, False) < 1
+    assert off((1, 1), page.WIDE + 4, 24, True) < 1
 
 
 def check_few():
-    check((3,), 12, 20, True)
+    assert off((3,), 12, 20, True) < 1
 
 
 def check_split():
-    check((2, 8), 12, 20, True)
+    assert off((2, 8), 12, 20, True) < 1
 
 
 def check_many():
-    check((7, 9), 13, 20, True)
+    assert off((7, 9), 13, 20, True) < 1
 
 
 def check_threshold_is_reached():
