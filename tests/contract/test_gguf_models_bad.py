@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.parity.test_gguf_models import CAPS, CASES, DELTA, GEMMA, KIMI, MLA, MOE, OSS, ROPE, SIZES, SSM, YARN, build
+from tests.parity.gguf_cases import CAPS, CASES, DELTA, GEMMA, KIMI, MLA, MOE, OSS, ROPE, SIZES, SSM, YARN, build
 from zero2llm.core.config import parse, to_dict
 from zero2llm.interop.foreign import import_model, plan
 from zero2llm.interop.gguf.arches import ARCHES

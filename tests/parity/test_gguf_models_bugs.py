@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.contract.test_gguf_models_bad import NONE_THERE, changed
-from tests.parity.test_gguf_models import (
+from tests.parity.gguf_cases import (
     CASES,
     build,
     read_back,

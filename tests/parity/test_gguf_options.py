@@ -8,7 +8,7 @@ A setting that transformers' family itself does not have is no model of ours and
 
 import pytest
 
-from tests.parity.test_gguf_models import (
+from tests.parity.gguf_cases import (
     CAPS,
     CASES,
     LLAMA3,
